@@ -1,0 +1,89 @@
+# Two commands do everything: `make train` and `make test`. Constants of the scripts are set as in `make train BETA=0 MODEL=tiny`.
+
+PYTHON ?= python3
+TASK = game24
+OUT = runs/$(TASK)
+DATA = $(OUT)/data
+SFT = $(OUT)/sft
+Q = 3 3 8 8
+SCRIPTS = data_prep sft grpo eval
+RUN = .venv/bin/python
+
+# The constants of a script are the names in capitals at the starts of its lines, and those of reward.py.
+names = $(shell sed -n 's/^\([A-Z][A-Z0-9_, ]*\) = .*/\1/p' $(1).py reward.py | tr -d ' ' | tr ',' '\n' | sort -u)
+$(foreach s,$(SCRIPTS),$(eval NAMES_$(s) := $(call names,$(s))))
+given = $(foreach v,$(1),$(if $(filter command,$(firstword $(origin $(v)))),$(v)))
+# From make, STEPS and LR are those of grpo.py; sft.py has SFT_STEPS and SFT_LR.
+flag = --$(shell echo $(1) | tr A-Z a-z)='$($(2))'
+flags = $(foreach v,$(call given,$(filter-out $(2),$(NAMES_$(1)))),$(call flag,$(v),$(v)))
+FLAGS_data_prep = $(call flags,data_prep)
+FLAGS_sft = $(call flags,sft,STEPS LR) $(foreach v,$(call given,SFT_STEPS SFT_LR),$(call flag,$(v:SFT_%=%),$(v)))
+FLAGS_grpo = $(call flags,grpo)
+FLAGS_eval = $(call flags,eval)
+
+KNOWN = $(sort $(foreach s,$(SCRIPTS),$(NAMES_$(s))) SFT_STEPS SFT_LR Q PYTHON DATA SFT OUT TASK)
+GIVEN = $(foreach v,$(filter-out MAKE% -%,$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(v)))),$(v)))
+UNKNOWN = $(filter-out $(KNOWN),$(GIVEN))
+ifneq ($(UNKNOWN),)
+NEAREST := $(shell python3 -c "import difflib, sys; print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], 3, 0.5))" $(firstword $(UNKNOWN)) $(KNOWN))
+$(error no script has a constant $(firstword $(UNKNOWN)); nearest: $(or $(NEAREST),none, see make help))
+endif
+
+.PHONY: help train data sft grpo eval plots ask export test lint clean FORCE
+.DELETE_ON_ERROR:
+
+help:             ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1: /p' $(firstword $(MAKEFILE_LIST)) | awk -F': ' '{printf "make %-8s %s\n", $$1, $$2}'
+	@echo 'Constants: make train BETA=0 STEPS=50; each script lists its own with --help'
+
+train: eval       ## environment, data, SFT, GRPO, evaluation with plots
+data: $(DATA)/summary.json       ## train, val and test as jsonl
+sft: $(SFT)/summary.json         ## supervised fine-tuning
+grpo: $(OUT)/grpo/summary.json   ## GRPO from the SFT policy
+eval: $(OUT)/eval/metrics.json   ## SFT against GRPO on the test split: table, plots, report.md
+
+.venv: .venv/ready
+.venv/ready: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is %d.%d; PYTHON= another one" % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/ready-dev: .venv/ready requirements-dev.txt
+	.venv/bin/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+# The flags of a stage in a file that changes only when they do, so that another constant runs the stage again.
+$(OUT)/.%.flags: FORCE
+	@mkdir -p $(OUT); printf '%s\n' "$(FLAGS_$*)" | cmp -s - $@ || printf '%s\n' "$(FLAGS_$*)" > $@
+
+ifeq ($(origin DATA),file)
+$(DATA)/summary.json: data_prep.py reward.py $(OUT)/.data_prep.flags | .venv/ready
+	$(RUN) data_prep.py $(FLAGS_data_prep)
+endif
+ifeq ($(origin SFT),file)
+$(SFT)/summary.json: sft.py reward.py $(DATA)/summary.json $(OUT)/.sft.flags | .venv/ready
+	$(RUN) sft.py $(FLAGS_sft)
+endif
+$(OUT)/grpo/summary.json: grpo.py reward.py $(DATA)/summary.json $(SFT)/summary.json $(OUT)/.grpo.flags | .venv/ready
+	$(RUN) grpo.py $(FLAGS_grpo)
+$(OUT)/eval/metrics.json: eval.py reward.py $(OUT)/grpo/summary.json $(OUT)/.eval.flags | .venv/ready
+	$(RUN) eval.py $(FLAGS_eval)
+
+plots: | .venv/ready       ## draw the figures of a run again, also of one that is under way
+	$(RUN) eval.py $(FLAGS_eval) --plots_only=1
+
+ask: | .venv/ready         ## Q="3 3 8 8": the reasoning before and after GRPO
+	$(RUN) eval.py $(FLAGS_eval) --ask='$(Q)'
+
+export: | .venv/ready      ## the GRPO policy as a plain folder of transformers, the adapter merged
+	$(RUN) eval.py $(FLAGS_eval) --export='$(OUT)/export'
+
+test: .venv/ready-dev lint   ## all tests
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest
+
+lint: .venv/ready-dev      ## ruff
+	.venv/bin/ruff check .
+
+clean:            ## remove the environment and caches; runs/ stays
+	rm -rf .venv __pycache__ tests/__pycache__ .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,274 @@
+"""Makes the data of a task: runs/TASK/data/{train,val,test}.jsonl.
+
+    python data_prep.py                        # a minute on one core
+    python data_prep.py --holdout=hands.txt    # these hands become the test split and are kept out of train and val
+
+game24: enumerates all hands of four numbers, solves them exactly, splits the solvable ones by hand and writes search traces
+for SFT: try a step, look at what is left, go back if that cannot make 24, and at the end compose the answer from the steps.
+Unlike a plain depth-first search, a trace gives up on a hopeless state after a few tries, as a person who sees it would.
+"""
+
+import argparse
+import csv
+import difflib
+import hashlib
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import sys
+from fractions import Fraction
+from functools import cache
+from importlib.metadata import version
+from itertools import combinations_with_replacement
+from pathlib import Path
+
+from tqdm import tqdm
+
+import reward
+
+# Run
+TASK = "game24"
+OUT = ""                     # root folder of the run; empty: runs/TASK
+RESUME = 1                   # 0: make the data anew where finished data of other constants is
+SEED = 0                     # of the split and of the traces
+HOLDOUT = ""                 # file of hands, one a line (`4 5 6 10`, or the last four columns of a csv): the test split
+# Game
+TARGET = 24
+LOWEST, HIGHEST = 1, 13      # numbers of a hand: a deck of cards
+VAL_HANDS = 136              # a tenth of the 1,362 solvable hands
+TEST_HANDS = 272             # a fifth
+# Traces
+TRACES_PER_HAND = 96         # for SFT; equal traces are written once
+MAX_TRACE_TOKENS = 250       # words of a completion: below MAX_NEW_TOKENS of the tiny model; a longer trace is drawn again
+LARGEST = 200                # results above it are tried only where a solution needs them
+WRONG_FIRST = 0.55           # chance of one more wrong first step; the tail of long traces comes from it
+WRONG_SECOND = 0.40          # chance of one more wrong second step before the right one
+HOPELESS = 0.35              # chance of one more try in a state that cannot make the target
+
+
+def override_constants(argv: list[str], is_tiny=lambda given: False) -> dict:
+    """Sets the CAPS constants of this file and of reward.py from `--name=value`; returns all of them.
+
+    Exits with the nearest names where there is no such constant, and with the type where a value does not fit.
+    """
+    scopes = {name: scope for scope in (vars(reward), globals()) for name, value in list(scope.items())
+              if re.fullmatch("[A-Z][A-Z0-9_]*", name) and isinstance(value, (int, float, str))}
+    source = "\n".join(Path(module.__file__).read_text(encoding="utf-8") for module in (reward, sys.modules[__name__]))
+    comments = dict(re.findall(r"^([A-Z][A-Z0-9_]*) = [^#\n]*(?:# (.*))?$", source, re.MULTILINE))
+    tiny = globals().get("TINY", {})
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for name, scope in scopes.items():
+        default = f"{scope[name]!r}" + (f", tiny: {tiny[name]!r}" if name in tiny else "")
+        parser.add_argument(f"--{name.lower()}", type=type(scope[name]), metavar=type(scope[name]).__name__,
+                            help=f"({default}) {comments.get(name, '')}".replace("%", "%%"), default=argparse.SUPPRESS)
+    known, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        name = word.split("=")[0].lstrip("-").upper()
+        near = [f"--{n.lower()}" for n in difflib.get_close_matches(name, scopes, 3, 0.5)]
+        parser.exit(2, f"{Path(__file__).name}: no constant {name}" + (f"; did you mean {' or '.join(near)}?\n" if near else "; see --help\n"))
+    given = {name.upper(): value for name, value in vars(known).items()}
+    for name, value in {**(tiny if is_tiny(given) else {}), **given}.items():
+        scopes[name][name] = value
+    if TASK not in reward.TASKS:
+        parser.exit(2, f"{Path(__file__).name}: unknown TASK {TASK!r}; there is {', '.join(reward.TASKS)}\n")
+    return {name: scope[name] for name, scope in scopes.items()}
+
+
+def start_run(folder: Path, constants: dict, inputs: list[Path], device: str) -> None:
+    """Stores source, constants, versions, device and hashes of the inputs in a run folder, and prints the constants.
+
+    Exits with 0 where the folder holds the finished run of the same constants and inputs, and with the difference and the two ways
+    out where it holds another one. A run that was cut off is begun again.
+    """
+    free = ("OUT", "DATA", "SFT", "RESUME", "THREADS")          # say where and how fast, not what
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs}
+    header = {"constants": constants, "inputs": hashes, "device": device,
+              "python": platform.python_version(), "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}}
+    run = folder / "run.json"
+    if folder.is_dir() and any(folder.iterdir()) and not run.is_file():
+        sys.exit(f"{folder} holds files that are not of a run: choose another OUT=")
+    if (folder / "summary.json").is_file() and RESUME:
+        old = json.loads(run.read_text(encoding="utf-8"))
+        then, now = ({**h["constants"], **h["inputs"]} for h in (old, header))
+        changed = [f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in {**then, **now}
+                   if then.get(name) != now.get(name) and name not in free]
+        if changed:
+            sys.exit(f"{folder} is a finished run of something else: {'; '.join(changed)}.\nOUT= another folder keeps it, RESUME=0 replaces it")
+        (folder / "summary.json").touch()
+        print(f"{folder} is complete: nothing to do")
+        sys.exit(0)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    run.write_text(json.dumps(header, indent=1, ensure_ascii=False), encoding="utf-8")
+    shutil.copy(__file__, folder)
+    shutil.copy(reward.__file__, folder)
+    print("\n".join(f"{name} = {value!r}" for name, value in constants.items()))
+
+
+def finish_run(folder: Path, summary: dict) -> None:
+    """Writes summary.json, whose presence says that the run is complete, and prints it as `name: value` lines."""
+    aside = folder / "summary.json.tmp"
+    aside.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    os.replace(aside, folder / "summary.json")
+    print("\n".join(f"{name}: {value}" for name, value in summary.items()))
+
+
+Step = tuple[Fraction, str, Fraction, Fraction]      # a, operator, b, result
+
+
+@cache
+def steps_from(state: tuple[Fraction, ...]) -> tuple[tuple[Step, tuple[Fraction, ...]], ...]:
+    """All steps from a state, the larger operand first, each with the state it makes: the result, then the rest in order.
+
+    Results below zero are not needed: whatever they solve, a swapped subtraction solves too.
+    """
+    found = {}
+    for i in range(len(state)):
+        for j in range(i + 1, len(state)):
+            a, b = max(state[i], state[j]), min(state[i], state[j])
+            rest = tuple(v for k, v in enumerate(state) if k not in (i, j))
+            steps = [(a, "+", b, a + b), (a, "-", b, a - b), (a, "*", b, a * b)]
+            steps += [(a, "/", b, exact(a, b))] if b else []
+            steps += [(b, "/", a, exact(b, a))] if a != b else []
+            found.update({step: (step[3], *rest) for step in steps})
+    return tuple(found.items())
+
+
+def exact(a: Fraction | int, b: Fraction | int) -> Fraction | int:
+    """a / b, as an int where it is whole: ints are several times faster to compare and to hash."""
+    quotient = Fraction(a) / b
+    return int(quotient) if quotient.denominator == 1 else quotient
+
+
+@cache
+def solvable(state: tuple[Fraction, ...], target: int) -> bool:
+    """Whether the numbers of a sorted state, each used once, make the target."""
+    if len(state) == 1:
+        return state[0] == target
+    return any(solvable(tuple(sorted(after)), target) for _, after in steps_from(state))
+
+
+def write_trace(hand: list[int], target: int, rng: random.Random) -> str:
+    """One completion for a solvable hand: a search with backtracking that ends in the composed answer."""
+    lines, written = [], set()
+
+    def line(state, step):
+        written.add((tuple(sorted(state)), step))
+        lines.append(f"{' '.join(map(str, state))} | {step[0]} {step[1]} {step[2]} = {step[3]}")
+
+    def search(state: tuple[Fraction, ...]) -> list[Step]:
+        """Writes the search below a solvable state, returns the steps of the solution."""
+        steps = list(steps_from(state))
+        rng.shuffle(steps)
+        right = [(step, after) for step, after in steps if solvable(tuple(sorted(after)), target)]
+        wrong = [(step, after) for step, after in steps if not solvable(tuple(sorted(after)), target) and plausible(step)]
+        chance = {4: WRONG_FIRST, 3: WRONG_SECOND}.get(len(state), 0)
+        while wrong and rng.random() < chance:
+            step, after = wrong.pop()
+            line(state, step)
+            if len(after) == 3:
+                # two first steps can make the same state: what was tried there is not tried again
+                tries = [s for s, _ in steps_from(after) if plausible(s) and (tuple(sorted(after)), s) not in written]
+                rng.shuffle(tries)
+                while tries and rng.random() < HOPELESS:
+                    line(after, tries.pop())
+        simple = [(step, after) for step, after in right if plausible(step)] or right
+        step, after = rng.choice(simple)
+        line(state, step)
+        return [step] + (search(after) if len(after) > 1 else [])
+
+    steps = search(tuple(hand))
+    expression = f"{steps[-1][0]} {steps[-1][1]} {steps[-1][2]}".split()
+    composed = []
+    for a, operator, b, result in reversed(steps[:-1]):
+        place = expression.index(str(result))
+        expression[place:place + 1] = f"( {a} {operator} {b} )".split()
+        composed.append(" ".join(expression))
+    lines += composed[:-1]
+    return "<think>\n" + "\n".join(lines) + f"\n</think>\n<answer> {composed[-1]} </answer>"
+
+
+def plausible(step: Step) -> bool:
+    """Whether a search would try it without a reason: no fractions, no large numbers."""
+    return step[3].denominator == 1 and step[3] <= LARGEST
+
+
+def read_hands(path: Path) -> list[tuple[int, ...]]:
+    """Hands of a file, sorted: one a line, `4 5 6 10` or the last four columns of a csv. Exits with file, line and reason."""
+    hands = []
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        for number, cells in enumerate(csv.reader(file), 1):
+            words = " ".join(cells).split()
+            if not words or (number == 1 and not words[-1].isdigit()):      # blank, or the heading of a csv
+                continue
+            if len(words) < 4 or not all(re.fullmatch("[1-9][0-9]*", word) for word in words[-4:]) or (len(cells) == 1 and len(words) > 4):
+                sys.exit(f"{path}:{number}: four positive integers are expected, not {' '.join(words)!r}")
+            hands.append(tuple(sorted(map(int, words[-4:]))))
+    if not hands:
+        sys.exit(f"{path}: no hand in it")
+    return hands
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Writes a jsonl file: aside first, then renamed into place, so that it is never half written."""
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(aside, path)
+
+
+def prepare_game24(folder: Path) -> dict:
+    """Writes train, val and test of the 24-point game; returns what summary.json says of them."""
+    hands = list(combinations_with_replacement(range(LOWEST, HIGHEST + 1), 4))
+    can = [hand for hand in hands if solvable(hand, TARGET)]
+    print(f"{len(hands)} hands of {LOWEST}..{HIGHEST}, {len(can)} can make {TARGET}")
+    rng = random.Random(SEED)
+    rng.shuffle(can)
+    if HOLDOUT:
+        test = [hand for hand in dict.fromkeys(read_hands(Path(HOLDOUT))) if solvable(hand, TARGET)]
+        can = [hand for hand in can if hand not in set(test)]
+        print(f"{HOLDOUT}: {len(test)} hands that can make {TARGET} are the test split")
+    else:
+        test, can = can[:TEST_HANDS], can[TEST_HANDS:]
+    splits = {"train": can[VAL_HANDS:], "val": can[:VAL_HANDS], "test": test}
+    if not all(splits.values()):
+        sys.exit(f"not enough hands: {', '.join(f'{name} has {len(part)}' for name, part in splits.items())}; lower VAL_HANDS or TEST_HANDS")
+    summary = {"hands": len(hands), "solvable": len(can) + len(test)}
+    for name, part in splits.items():
+        rows, lengths = [], []
+        for hand in tqdm(part, desc=name, unit="hand", dynamic_ncols=True):
+            made = {}
+            for _ in range(TRACES_PER_HAND if name == "train" else 1):
+                numbers = list(hand)
+                rng.shuffle(numbers)
+                row = {"numbers": numbers} | ({"target": TARGET} if TARGET != 24 else {})
+                completion = write_trace(numbers, TARGET, rng)
+                while len(completion.replace("\n", " \n ").split(" ")) > MAX_TRACE_TOKENS:
+                    completion = write_trace(numbers, TARGET, rng)
+                made[completion] = {"id": "", "prompt": reward.prompt(TASK, row), "completion": completion, **row}
+            rows += made.values()
+        rng.shuffle(rows)
+        for index, row in enumerate(rows):
+            row["id"] = f"{name}-{index}"
+            lengths.append(len(row["completion"].replace("\n", " \n ").split(" ")))
+        write_rows(folder / f"{name}.jsonl", rows)
+        lengths.sort()
+        percentiles = {f"p{p}": lengths[(len(lengths) - 1) * p // 100] for p in (5, 50, 95, 100)}
+        print(f"{name}: {len(part)} hands, {len(rows)} rows, words of a completion {percentiles}")
+        summary[name] = {"hands": len(part), "rows": len(rows), **percentiles}
+    print(f"\n{rows[0]['prompt']}\n{rows[0]['completion']}\n")
+    return summary
+
+
+def main() -> None:
+    constants = override_constants(sys.argv[1:])
+    folder = Path(OUT or f"runs/{TASK}") / "data"
+    start_run(folder, constants, [Path(HOLDOUT)] if HOLDOUT else [], "cpu")
+    finish_run(folder, {"game24": prepare_game24}[TASK](folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,724 @@
+"""Group relative policy optimisation (GRPO) with momentum-normalised advantages, as one loop that reads like the algorithm.
+
+    python grpo.py                                         # from runs/game24/sft, which `make sft` makes
+    python grpo.py --beta=0 --out=runs/no-kl --sft=runs/game24/sft --data=runs/game24/data
+
+A step: 1 rollout, 2 rewards, 3 advantages, 4 old and reference log-probs, 5 clipped update with a KL penalty, 6 log, evaluate,
+save. What differs from the textbook algorithm: rewards are normalised by a mix of their group's statistics and running ones
+(report on the 24-point game, eq. 2-4); the reference is the SFT policy; the best policy on val is kept, and training stops
+when val accuracy falls, because RL curves rise and then fall.
+"""
+
+import argparse
+import contextlib
+import copy
+import difflib
+import hashlib
+import json
+import os
+import platform
+import random
+import re
+import resource
+import shutil
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import reward
+
+# Run
+TASK = "game24"
+SFT = ""                     # policy to start from, a folder or a hub name; empty: OUT/sft
+REVISION = ""                # commit, tag or branch of a hub model; empty: the default branch
+OUT = ""                     # root folder of the run; empty: runs/TASK
+DATA = ""                    # folder of train.jsonl and val.jsonl; empty: OUT/data
+RESUME = 1                   # 0: start anew where a finished run of other constants is
+SEED = 0
+THREADS = 0                  # CPU threads; 0: one for each core
+# Model
+LOAD_4BIT = 1                # NF4 with double quantisation; 0: bf16 on a GPU, fp32 on a CPU
+LORA_RANK = 32               # of a new adapter, where SFT is not one already; 0: train all weights
+LORA_ALPHA = 64              # the update is scaled by LORA_ALPHA / LORA_RANK
+BF16 = 1                     # bf16 matrix products where the processor has them; weights stay in fp32
+GRADIENT_CHECKPOINTING = 1   # recompute activations in the backward pass: less memory, a third more time
+OPTIMIZER_8BIT = 1           # paged 8-bit AdamW of bitsandbytes on a GPU; on a CPU AdamW has 32 bits
+# Rollout
+PROMPTS_PER_STEP = 12
+GROUP_SIZE = 8               # completions of a prompt
+TEMPERATURE = 0.7            # log-probs are of logits / TEMPERATURE everywhere
+TOP_P = 0.9                  # 1: what is sampled is exactly what is scored
+MAX_NEW_TOKENS = 1024
+MAX_PROMPT_TOKENS = 512      # longer prompts are left out, and counted
+ROLLOUT_ROWS = 96            # completions generated at a time: lower it when the rollout runs out of memory
+# Advantages
+BASELINE = "momentum"        # momentum; group: plain GRPO; none: no std (Dr. GRPO); batch: std of the whole step
+MOMENTUM_MIN = 0.0           # share of the running mean and std at the first step, ...
+MOMENTUM_STEP = 0.01         # ... what it gains a step, ...
+MOMENTUM_MAX = 0.2           # ... and where it stays (the report's value)
+# Update
+STEPS = 100                  # rollouts
+UPDATES_PER_ROLLOUT = 1      # optimizer steps on each rollout; above 1 the clipping matters
+LR = 2e-5                    # QLoRA; the report's 2e-6 is for all weights of a large model
+WARMUP = 5                   # steps with a rising learning rate
+WEIGHT_DECAY = 0.0
+GRAD_CLIP = 1.0              # norm of the gradient
+CLIP_LOW, CLIP_HIGH = 0.2, 0.2   # the ratio is clipped to [1 - CLIP_LOW, 1 + CLIP_HIGH]
+BETA = 0.01                  # weight of the KL to the reference; 0: no reference at all
+AGGREGATE = "sequence"       # mean over a completion's tokens, then completions; token: over all tokens (DAPO); constant: Dr. GRPO
+MICRO_BATCH_TOKENS = 4096    # tokens of a forward pass: lower it when memory runs out, the result stays the same
+HEAD_CHUNK = 2048            # completion tokens whose logits exist at a time
+# Evaluation
+EVAL_EVERY = 10              # steps between evaluations on val; the best is kept
+EVAL_SAMPLES = 1             # completions of a val prompt
+PATIENCE = 4                 # stop after so many evaluations in a row below the best
+SAMPLES_EVERY = 10           # steps between sample completions in samples.jsonl
+SAVE_EVERY = 50              # steps between checkpoints step-N
+KEEP_LAST = 2                # checkpoints kept
+# What a policy that began as MODEL=tiny has instead, where the command line does not say otherwise
+TINY = {"LOAD_4BIT": 0, "LORA_RANK": 0, "GRADIENT_CHECKPOINTING": 0, "OPTIMIZER_8BIT": 0, "MAX_NEW_TOKENS": 256, "LR": 2e-4, "STEPS": 200,
+        "MICRO_BATCH_TOKENS": 8192, "ROLLOUT_ROWS": 256, "EVAL_EVERY": 20, "EVAL_SAMPLES": 2}
+
+SHOWN = ("reward", "reward_std", "accuracy", "unfinished", "wrong", "tokens", "kl", "entropy", "clip_fraction", "grad_norm", "rollout_tokens_per_s",
+         "update_tokens_per_s", "val_accuracy", "val_unfinished", "val_tokens")      # of the log, on the screen
+
+
+# ---- advantages and loss: pure functions ------------------------------------------------------------------------------
+
+
+def momentum_advantages(rewards: torch.Tensor, running_mean: float, running_std: float, momentum: float):
+    """Advantages (P, G) of rewards (P, G), and the running mean and std after this step (report on the 24-point game, eq. 2-4).
+
+    For each prompt mean = momentum * running_mean + (1 - momentum) * mean of its group, std likewise (unbiased, as in TRL), and
+    A = (reward - mean) / (std + 1e-4). Afterwards the running values take the average over the prompts in by the same momentum;
+    so the order of the prompts does not matter, and momentum 0 is plain GRPO. A NaN reward is left out and has advantage 0.
+    """
+    mean, std = group_statistics(rewards)
+    prompt_mean = momentum * running_mean + (1 - momentum) * mean
+    prompt_std = momentum * running_std + (1 - momentum) * std
+    advantages = ((rewards - prompt_mean[:, None]) / (prompt_std[:, None] + 1e-4)).nan_to_num(0.0)
+    running_mean = momentum * running_mean + (1 - momentum) * float(mean.nanmean())
+    running_std = momentum * running_std + (1 - momentum) * float(std.nanmean())
+    return advantages, running_mean, running_std
+
+
+def group_statistics(rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and unbiased std (P,) of rewards (P, G), NaN left out. Equal rewards have exactly their value and 0, no rounding."""
+    valid = ~rewards.isnan()
+    count = valid.sum(1)
+    low = rewards.masked_fill(~valid, float("inf")).amin(1)
+    equal = low == rewards.masked_fill(~valid, float("-inf")).amax(1)
+    mean = torch.where(equal, low, rewards.nansum(1) / count)
+    square = ((rewards - mean[:, None]) ** 2).nansum(1)
+    return mean, torch.where(equal, torch.zeros_like(mean), (square / (count - 1)).sqrt())
+
+
+def baseline_advantages(rewards: torch.Tensor, baseline: str) -> torch.Tensor:
+    """Advantages (P, G) without momentum: group (GRPO), none (Dr. GRPO, eq. 3 of arXiv:2503.20783), batch (std of all rewards)."""
+    mean, std = group_statistics(rewards)
+    centred = (rewards - mean[:, None]).nan_to_num(0.0)
+    if baseline == "group":
+        return centred / (std[:, None] + 1e-4)
+    if baseline == "batch":
+        return centred / (group_statistics(rewards.reshape(1, -1))[1] + 1e-4)
+    return centred
+
+
+def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, loss_mask, *, clip_low, clip_high, beta, aggregate):
+    """Loss and metrics of a batch (report on the 24-point game, eq. 1). All tensors (B, T-1), advantages also (B, 1).
+
+    A token has min(ratio * A, clip(ratio) * A) - beta * k3, with ratio = exp(logprobs - old_logprobs) and the k3 estimate
+    exp(d) - d - 1 of the KL, d = ref_logprobs - logprobs (arXiv:2402.03300, eq. 4). aggregate: "sequence" takes the mean over
+    a completion's tokens, then over completions; "token" over all tokens (DAPO); a number n divides the sum by B * n (Dr. GRPO).
+    ref_logprobs may be None where beta is 0.
+    """
+    mask = loss_mask.to(logprobs.dtype)
+    ratio = torch.exp(logprobs - old_logprobs)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    token_loss = -torch.min(ratio * advantages, clipped * advantages)
+    tokens = mask.sum().clamp(min=1)
+    metrics = {"clip_fraction": (((ratio < 1 - clip_low) & (advantages < 0) | (ratio > 1 + clip_high) & (advantages > 0)) * mask).sum() / tokens,
+               "ratio_error": ((ratio - 1).abs() * mask).max()}
+    if beta:
+        difference = (ref_logprobs - logprobs) * mask
+        k3 = torch.exp(difference) - difference - 1
+        token_loss = token_loss + beta * k3
+        metrics["kl"] = (k3 * mask).sum() / tokens
+    token_loss = token_loss * mask
+    if aggregate == "sequence":
+        loss = (token_loss.sum(1) / mask.sum(1).clamp(min=1)).mean()
+    elif aggregate == "token":
+        loss = token_loss.sum() / tokens
+    else:
+        loss = token_loss.sum() / (len(mask) * aggregate)
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+# ---- rollout ----------------------------------------------------------------------------------------------------------
+
+
+class KVCache:
+    """Keys and values of every layer, allocated once: (rows, heads, tokens, head size). Rows can be dropped.
+
+    It stands in for the cache of transformers, whose `update` grows a new tensor for every token.
+    """
+
+    def __init__(self, rows: int, tokens: int):
+        self.rows, self.tokens, self.filled, self.layers = rows, tokens, 0, {}
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        if layer not in self.layers:
+            self.layers[layer] = [x.new_empty(self.rows, x.shape[1], self.tokens, x.shape[3]) for x in (keys, values)]
+        end = self.filled + keys.shape[2]
+        for store, new in zip(self.layers[layer], (keys, values)):
+            store[:self.rows, :, self.filled:end] = new
+        return [store[:self.rows, :, :end] for store in self.layers[layer]]
+
+    def get_seq_length(self, layer=0) -> int:
+        return self.filled
+
+    def keep(self, alive: torch.Tensor) -> torch.Tensor:
+        """Drops the rows that are not alive (rows,): the last live rows move into their slots. Returns the old index of each row."""
+        self.rows = int(alive.sum())
+        holes = (~alive[:self.rows]).nonzero().flatten()
+        movers = self.rows + alive[self.rows:].nonzero().flatten()
+        for stores in self.layers.values():
+            for store in stores:
+                store[holes, :, :self.filled] = store[movers, :, :self.filled]
+        order = torch.arange(self.rows, device=alive.device)
+        order[holes] = movers
+        return order
+
+
+def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Next tokens (B,) from logits (B, V) and one uniform number a row, and the probability mass (B,) of the tokens allowed.
+
+    Nucleus sampling is exact: the smallest set of tokens whose mass is at least top_p. The 1,024 likeliest hold it nearly always;
+    where they do not, the whole vocabulary is sorted.
+    """
+    if temperature == 0:
+        return logits.argmax(-1), torch.ones_like(uniform)
+    probs = torch.softmax(logits.float() / temperature, -1)
+    for count in (min(1024, probs.shape[-1]), probs.shape[-1]):
+        top, tokens = probs.topk(count)
+        mass = top.cumsum(-1)
+        if count == probs.shape[-1] or bool((mass[:, -1] >= top_p).all()):
+            break
+    allowed = (mass - top < top_p).sum(-1, keepdim=True)
+    total = mass.gather(1, allowed - 1)
+    choice = torch.searchsorted(mass, uniform[:, None] * total, right=True).minimum(allowed - 1)
+    return tokens.gather(1, choice).flatten(), total.flatten()
+
+
+@torch.no_grad()
+def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperature: float, top_p: float, eos_ids: list[int],
+            generator: torch.Generator | None = None, stats: dict | None = None) -> list[list[int]]:
+    """One completion a prompt, as token ids without padding; an EOS that was reached is the last id. Temperature 0 is greedy.
+
+    Prompts are padded on the left, so that every row writes the same slot of the cache; finished rows leave the batch. The random
+    numbers belong to the prompts, not to the rows, so the dropping of rows changes no completion. The model's mode and parameters
+    are left as they were. `stats`, where given, receives nucleus_mass: the mean probability of what top_p allows.
+    """
+    device, count = next(model.parameters()).device, len(prompt_ids)
+    if not count or min(map(len, prompt_ids)) == 0:
+        raise ValueError(f"rollout needs at least one prompt, each of at least one token; got {count} prompts")
+    width = max(map(len, prompt_ids))
+    input_ids = torch.tensor([[eos_ids[0]] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
+    padding = torch.tensor([width - len(ids) for ids in prompt_ids], device=device)
+    eos, rows = torch.tensor(eos_ids, device=device), torch.arange(count, device=device)
+    completions = torch.zeros(count, max_new_tokens, dtype=torch.long, device=device)
+    lengths = torch.full((count,), max_new_tokens, device=device)
+    cache, mass, training = KVCache(count, width + max_new_tokens), [], model.training
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else next(model.parameters()).dtype
+    slots = torch.arange(width + max_new_tokens, device=device)
+    hidden = torch.finfo(dtype).min * (slots < padding[:, None]).to(dtype)[:, None, None]       # (B, 1, 1, slots): left padding
+    causal = torch.full((width, width), torch.finfo(dtype).min, dtype=dtype, device=device).triu(1)
+    mask = torch.maximum(hidden[..., :width] + causal, torch.tensor(torch.finfo(dtype).min, dtype=dtype))
+    positions = (slots[:width] - padding[:, None]).clamp(min=0)
+    model.eval()
+    try:
+        for step in range(max_new_tokens):
+            logits = model(input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+                           logits_to_keep=1).logits[:, -1]
+            cache.filled += input_ids.shape[1]
+            uniform = torch.rand(count, generator=generator, device=generator.device if generator else device).to(device)
+            tokens, allowed = sample(logits, uniform[rows], temperature, top_p)
+            mass.append(allowed)
+            completions[rows, step] = tokens
+            finished = torch.isin(tokens, eos)
+            if bool(finished.any()):
+                lengths[rows[finished]] = step + 1
+                if bool(finished.all()):
+                    break
+                order = cache.keep(~finished)
+                rows, tokens, padding, hidden = rows[order], tokens[order], padding[order], hidden[order]
+            input_ids, mask, positions = tokens[:, None], hidden[..., :cache.filled + 1], (cache.filled - padding)[:, None]
+    finally:
+        model.train(training)
+    if stats is not None:
+        stats["nucleus_mass"] = float(torch.cat(mass).mean())
+    return [row[:length] for row, length in zip(completions.tolist(), lengths.tolist())]
+
+
+# ---- constants, files, prompts ----------------------------------------------------------------------------------------
+
+
+def override_constants(argv: list[str], is_tiny=lambda given: False) -> dict:
+    """Sets the CAPS constants of this file and of reward.py from `--name=value`; returns all of them.
+
+    Exits with the nearest names where there is no such constant, and with the type where a value does not fit.
+    """
+    scopes = {name: scope for scope in (vars(reward), globals()) for name, value in list(scope.items())
+              if re.fullmatch("[A-Z][A-Z0-9_]*", name) and isinstance(value, (int, float, str))}
+    source = "\n".join(Path(module.__file__).read_text(encoding="utf-8") for module in (reward, sys.modules[__name__]))
+    comments = dict(re.findall(r"^([A-Z][A-Z0-9_]*) = [^#\n]*(?:# (.*))?$", source, re.MULTILINE))
+    tiny = globals().get("TINY", {})
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for name, scope in scopes.items():
+        default = f"{scope[name]!r}" + (f", tiny: {tiny[name]!r}" if name in tiny else "")
+        parser.add_argument(f"--{name.lower()}", type=type(scope[name]), metavar=type(scope[name]).__name__,
+                            help=f"({default}) {comments.get(name, '')}".replace("%", "%%"), default=argparse.SUPPRESS)
+    known, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        name = word.split("=")[0].lstrip("-").upper()
+        near = [f"--{n.lower()}" for n in difflib.get_close_matches(name, scopes, 3, 0.5)]
+        parser.exit(2, f"{Path(__file__).name}: no constant {name}" + (f"; did you mean {' or '.join(near)}?\n" if near else "; see --help\n"))
+    given = {name.upper(): value for name, value in vars(known).items()}
+    for name, value in {**(tiny if is_tiny(given) else {}), **given}.items():
+        scopes[name][name] = value
+    if TASK not in reward.TASKS:
+        parser.exit(2, f"{Path(__file__).name}: unknown TASK {TASK!r}; there is {', '.join(reward.TASKS)}\n")
+    return {name: scope[name] for name, scope in scopes.items()}
+
+
+def is_tiny(given: dict) -> bool:
+    """Whether the TINY constants hold: the policy to start from began as MODEL=tiny."""
+    root = given.get("OUT", OUT) or f"runs/{given.get('TASK', TASK)}"
+    run = Path(given.get("SFT", SFT) or f"{root}/sft", "run.json")
+    return run.is_file() and json.loads(run.read_text(encoding="utf-8"))["constants"].get("MODEL") == "tiny"
+
+
+def start_run(folder: Path, constants: dict, inputs: list[Path], device: str) -> None:
+    """Stores source, constants, versions, device and hashes of the inputs in a run folder, and prints the constants.
+
+    Exits with 0 where the folder holds the finished run of the same constants and inputs, and with the difference and the two ways
+    out where it holds another one. A run that was cut off is begun again.
+    """
+    free = ("OUT", "DATA", "SFT", "RESUME", "THREADS")          # say where and how fast, not what
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs}
+    header = {"constants": constants, "inputs": hashes, "device": device,
+              "python": platform.python_version(), "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}}
+    run = folder / "run.json"
+    if folder.is_dir() and any(folder.iterdir()) and not run.is_file():
+        sys.exit(f"{folder} holds files that are not of a run: choose another OUT=")
+    if (folder / "summary.json").is_file() and RESUME:
+        old = json.loads(run.read_text(encoding="utf-8"))
+        then, now = ({**h["constants"], **h["inputs"]} for h in (old, header))
+        changed = [f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in {**then, **now}
+                   if then.get(name) != now.get(name) and name not in free]
+        if changed:
+            sys.exit(f"{folder} is a finished run of something else: {'; '.join(changed)}.\nOUT= another folder keeps it, RESUME=0 replaces it")
+        (folder / "summary.json").touch()
+        print(f"{folder} is complete: nothing to do")
+        sys.exit(0)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    run.write_text(json.dumps(header, indent=1, ensure_ascii=False), encoding="utf-8")
+    shutil.copy(__file__, folder)
+    shutil.copy(reward.__file__, folder)
+    print("\n".join(f"{name} = {value!r}" for name, value in constants.items()))
+
+
+def finish_run(folder: Path, summary: dict) -> None:
+    """Writes summary.json, whose presence says that the run is complete, and prints it as `name: value` lines."""
+    aside = folder / "summary.json.tmp"
+    aside.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    os.replace(aside, folder / "summary.json")
+    print("\n".join(f"{name}: {value}" for name, value in summary.items()))
+
+
+def read_rows(path: Path, needs: tuple[str, ...]) -> list[dict]:
+    """Rows of a jsonl file, each with the named text fields. Exits with file, line and reason at the first bad row."""
+    if not path.is_file():
+        sys.exit(f"{path} is missing: run `make data` (or set DATA= to a folder that has it)")
+    rows = []
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"an object is expected, not {type(row).__name__}")
+                for name in needs:
+                    if not isinstance(row.get(name), str) or not row[name]:
+                        raise ValueError(f"{name!r} must be a text, not {row.get(name)!r}")
+                reward.check_row(TASK, row)
+            except ValueError as error:
+                sys.exit(f"{path}:{number}: {error}")
+            rows.append(row)
+    if not rows:
+        sys.exit(f"{path} is empty: run `make data`")
+    return rows
+
+
+def encode_prompt(tokenizer, prompt: str) -> list[int]:
+    """Token ids of a prompt, in the model's chat template where it has one."""
+    if tokenizer.chat_template is None:
+        return tokenizer(prompt + "\n", add_special_tokens=False).input_ids
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
+    text = re.sub(r"<think>\n$", "", text)       # DeepSeek-R1's template opens the reasoning; our completions do it themselves
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+# ---- model ------------------------------------------------------------------------------------------------------------
+
+
+def load_model(path: str, trainable: bool):
+    """Model and tokenizer of a policy folder, any local folder or a hub name; 4-bit, with a LoRA adapter, or neither.
+
+    A folder with an adapter needs its base too, and the adapter never fails to load silently. Exits with what to do where a hub
+    model cannot be reached.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    cuda = torch.cuda.is_available()
+    adapter = Path(path, "adapter_config.json")
+    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else path
+    if trainable and LOAD_4BIT and not LORA_RANK and not adapter.is_file():
+        sys.exit("LORA_RANK=0 trains all weights, which LOAD_4BIT=1 does not allow: set LOAD_4BIT=0 or LORA_RANK above 0")
+    options = {"dtype": torch.bfloat16 if cuda and (LORA_RANK or not trainable) else torch.float32, "use_safetensors": True}
+    if LOAD_4BIT:
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                                            bnb_4bit_compute_dtype=torch.bfloat16 if bf16_works() else torch.float32)
+    if cuda:
+        options["device_map"] = {"": 0}
+    else:
+        options["attn_implementation"] = "eager"     # the fused attention of a CPU is slower at the lengths that a CPU can train
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path if Path(path, "tokenizer_config.json").is_file() else base, revision=REVISION or None)
+        model = AutoModelForCausalLM.from_pretrained(base, revision=REVISION or None, **options)
+    except OSError as error:
+        sys.exit(f"cannot load the model {base!r}: {str(error).splitlines()[0]}\nUse MODEL=tiny, which needs no download, or the path of "
+                 "a folder that holds config.json, model.safetensors and the tokenizer")
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False     # its first forward in eval mode would repack the weights, without a gradient
+    if adapter.is_file():
+        model = PeftModel.from_pretrained(model, path, is_trainable=trainable)
+    elif trainable and LORA_RANK:
+        model = get_peft_model(model, LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=0.0, target_modules="all-linear",
+                                                 task_type="CAUSAL_LM"))
+    if trainable and GRADIENT_CHECKPOINTING:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model, tokenizer
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def bf16_works() -> bool:
+    """Whether BF16 is wanted and the processor has fast bf16 matrix products."""
+    return bool(BF16) and (torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def autocast():
+    """bf16 matrix products with fp32 weights, where they are fast."""
+    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=bf16_works())
+
+
+def end_ids(model, tokenizer) -> list[int]:
+    """All ids that end a completion: the tokenizer's and those of the model's generation config (Qwen3 has two)."""
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    return list(dict.fromkeys(i for i in [tokenizer.eos_token_id, *configured] if i is not None))
+
+
+def make_optimizer(parameters: list):
+    """AdamW; on a GPU with OPTIMIZER_8BIT that of bitsandbytes, whose 8-bit state moves to the host when memory runs short."""
+    if OPTIMIZER_8BIT and torch.cuda.is_available():
+        from bitsandbytes.optim import PagedAdamW8bit
+        return PagedAdamW8bit(parameters, lr=LR, betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY)
+    return torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY)
+
+
+def peak_memory() -> float:
+    """Peak memory in GiB: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def save_policy(model, tokenizer, folder: Path) -> None:
+    """Writes a policy into a folder: all files aside first, then each renamed into place, so that none is ever half written."""
+    aside = folder / "saving"
+    shutil.rmtree(aside, ignore_errors=True)
+    options = {"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}
+    model.save_pretrained(aside, **options)
+    tokenizer.save_pretrained(aside)
+    for file in aside.iterdir():
+        os.replace(file, folder / file.name)
+    aside.rmdir()
+
+
+def completion_logprobs(model, input_ids: torch.Tensor, loss_mask: torch.Tensor, temperature: float = 1.0):
+    """Log-probs and entropies (N,) of the N tokens input_ids[:, 1:][loss_mask] at a temperature; input_ids (B, T), right padding.
+
+    Only those N positions reach the output layer, HEAD_CHUNK at a time, and their logits are made again in the backward pass.
+    Right padding needs no attention mask under causal attention.
+    """
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = causal_lm.model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1][loss_mask]
+    targets = input_ids[:, 1:][loss_mask]
+
+    def of_chunk(hidden, targets):
+        logprobs = torch.log_softmax(causal_lm.lm_head(hidden).float() / temperature, -1)
+        with torch.no_grad():
+            entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(1, targets[:, None])[:, 0], entropy
+
+    parts = []
+    for chunk in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK)):
+        again = torch.is_grad_enabled() and len(targets) > HEAD_CHUNK
+        parts.append(checkpoint(of_chunk, *chunk, use_reentrant=False) if again else of_chunk(*chunk))
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """Sequences sorted by length into batches of at most `budget` tokens with their padding; a longer one stands alone."""
+    made, batch = [], []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and lengths[index] * (len(batch) + 1) > budget:
+            made.append(batch)
+            batch = []
+        batch.append(index)
+    return made + [batch]
+
+
+def collate(samples: list[tuple[list[int], int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids (B, T) padded on the right, loss_mask (B, T-1) of completion tokens; a sample is its ids and its prompt's length."""
+    lengths = torch.tensor([len(ids) for ids, _ in samples])
+    prompts = torch.tensor([prompt for _, prompt in samples])
+    input_ids = torch.zeros(len(samples), int(lengths.max()), dtype=torch.long)
+    for row, (ids, _) in enumerate(samples):
+        input_ids[row, :len(ids)] = torch.tensor(ids)
+    position = torch.arange(1, input_ids.shape[1])
+    loss_mask = (position >= prompts[:, None]) & (position < lengths[:, None])
+    return input_ids.to(device), loss_mask.to(device)
+
+
+@contextlib.contextmanager
+def reference_policy(model, frozen):
+    """The SFT policy: a frozen copy where all weights train, the frozen second adapter, or the model without its new adapter."""
+    if frozen is not None:
+        yield frozen
+    elif "reference" in model.peft_config:
+        model.set_adapter("reference", inference_mode=True)
+        try:
+            yield model
+        finally:
+            model.set_adapter("default")
+    else:
+        with model.disable_adapter():
+            yield model
+
+
+def spread(values: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
+    """Values (N,) of the completion tokens back at their places (B, T-1), 0 elsewhere."""
+    return torch.zeros(loss_mask.shape, dtype=values.dtype, device=values.device).masked_scatter(loss_mask, values)
+
+
+# ---- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def generate(model, rows: list[dict], prompts: list[list[int]], eos_ids: list[int], tokenizer, generator, stats=None):
+    """Completions of prompts as (ids, text, scores), ROLLOUT_ROWS at a time; scores is None where the reward could not be computed."""
+    made = []
+    for start in range(0, len(prompts), ROLLOUT_ROWS):
+        with autocast():
+            completions = rollout(model, prompts[start:start + ROLLOUT_ROWS], max_new_tokens=MAX_NEW_TOKENS, temperature=TEMPERATURE,
+                                  top_p=TOP_P, eos_ids=eos_ids, generator=generator, stats=stats)
+        for ids, row in zip(completions, rows[start:start + ROLLOUT_ROWS]):
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            made.append((ids, text, reward.score(TASK, text, row, truncated=ids[-1] not in eos_ids)))
+    return made
+
+
+def summarise(completions: list[tuple], eos_ids: list[int]) -> dict[str, float]:
+    """Means of every part and fact of the rewards, and the lengths in tokens, by right and wrong answers."""
+    scores = [s for _, _, s in completions if s is not None]
+    lengths = torch.tensor([float(len(ids)) for ids, _, s in completions if s is not None])
+    right = torch.tensor([s.get("correct", 0.0) == 1 for s in scores])
+    log = {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
+    log["accuracy"], log["unfinished"] = log.pop("correct"), 1 - log.pop("answered")
+    log["wrong"] = 1 - log["accuracy"] - log["unfinished"]
+    log["truncated"] = sum(ids[-1] not in eos_ids for ids, _, _ in completions) / len(completions)
+    log |= {"tokens": float(lengths.mean()), "tokens_p50": float(lengths.quantile(0.5)), "tokens_p95": float(lengths.quantile(0.95))}
+    log |= {f"tokens_{name}": float(lengths[rows].mean()) for name, rows in (("right", right), ("wrong", ~right)) if rows.any()}
+    return log
+
+
+def main() -> None:
+    constants = override_constants(sys.argv[1:], is_tiny)
+    root = Path(OUT or f"runs/{TASK}")
+    folder, data, start = root / "grpo", Path(DATA or root / "data"), SFT or str(root / "sft")
+    if not Path(start).is_dir() and not SFT:
+        sys.exit(f"{start} is missing: run `make sft`, or set SFT= to a policy folder or a hub model")
+    train, val = read_rows(data / "train.jsonl", ("prompt",)), read_rows(data / "val.jsonl", ("prompt",))
+    start_run(folder, constants, [data / "train.jsonl", data / "val.jsonl", *sorted(Path(start).glob("*.safetensors"))], device_name())
+    torch.manual_seed(SEED)
+    torch.set_num_threads(THREADS or os.cpu_count())
+    model, tokenizer = load_model(start, trainable=True)
+    device = next(model.parameters()).device
+    eos_ids = end_ids(model, tokenizer)
+    frozen = None
+    if BETA and not hasattr(model, "peft_config"):
+        frozen = copy.deepcopy(model).requires_grad_(False).eval()
+    elif BETA and Path(start, "adapter_config.json").is_file():
+        model.load_adapter(start, adapter_name="reference", is_trainable=False)
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(parameters)
+    generator = torch.Generator().manual_seed(SEED)
+    order, random_order = [], random.Random(SEED)
+
+    def encode(rows):
+        ids = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+        kept = [i for i in range(len(rows)) if len(ids[i]) <= MAX_PROMPT_TOKENS]
+        if len(kept) < len(rows):
+            print(f"{len(rows) - len(kept)} of {len(rows)} prompts are longer than MAX_PROMPT_TOKENS={MAX_PROMPT_TOKENS} and left out")
+        if not kept:
+            sys.exit(f"no prompt of {len(rows)} is within MAX_PROMPT_TOKENS={MAX_PROMPT_TOKENS}")
+        return [rows[i] for i in kept], [ids[i] for i in kept]
+
+    train = list({row["prompt"]: row for row in train}.values())       # many SFT samples may share a prompt
+    train, train_ids = encode(train)
+    val, val_ids = encode(val)
+    writer = SummaryWriter(folder / "tensorboard")
+    running_mean = running_std = None
+    best, best_step, below = -1.0, 0, 0
+    began = time.time()
+
+    for step in tqdm(range(STEPS + 1), desc="grpo", unit="step", dynamic_ncols=True):
+        log = {"step": step}
+        if step:
+            # 1 rollout: GROUP_SIZE completions of each prompt
+            clock = time.time()
+            while len(order) < PROMPTS_PER_STEP:
+                order += random_order.sample(range(len(train)), len(train))
+            picked, order = order[:PROMPTS_PER_STEP], order[PROMPTS_PER_STEP:]
+            rows = [train[i] for i in picked for _ in range(GROUP_SIZE)]
+            prompts = [train_ids[i] for i in picked for _ in range(GROUP_SIZE)]
+            stats = {}
+            completions = generate(model, rows, prompts, eos_ids, tokenizer, generator, stats)
+            seconds = {"rollout": time.time() - clock}
+
+            # 2 rewards
+            rewards = torch.tensor([float("nan") if s is None else s["reward"] for _, _, s in completions], dtype=torch.float64)
+            rewards = rewards.view(PROMPTS_PER_STEP, GROUP_SIZE)
+            log |= summarise(completions, eos_ids) | stats
+
+            # 3 advantages
+            mean, std = group_statistics(rewards)
+            log |= {"reward_std": float(std.nanmean()), "zero_variance": float((std == 0).double().mean())}
+            if running_mean is None:
+                running_mean, running_std = float(mean.nanmean()), float(std.nanmean())
+            if BASELINE == "momentum":
+                momentum = min(MOMENTUM_MAX, MOMENTUM_MIN + MOMENTUM_STEP * (step - 1))
+                advantages, running_mean, running_std = momentum_advantages(rewards, running_mean, running_std, momentum)
+                log |= {"momentum": momentum, "running_mean": running_mean, "running_std": running_std}
+            else:
+                advantages = baseline_advantages(rewards, BASELINE)
+
+            # 4 old and reference log-probs, in the micro-batches of the update
+            clock = time.time()
+            samples = [(prompt + ids, len(prompt)) for prompt, (ids, _, _) in zip(prompts, completions)]
+            batches = []
+            for indices in micro_batches([len(ids) for ids, _ in samples], MICRO_BATCH_TOKENS):
+                input_ids, loss_mask = collate([samples[i] for i in indices], device)
+                batch = {"input_ids": input_ids, "loss_mask": loss_mask, "ref_logprobs": None, "old_logprobs": None,
+                         "advantages": advantages.flatten()[indices].float().to(device)[:, None]}
+                with torch.no_grad(), autocast():
+                    if BETA:
+                        with reference_policy(model, frozen) as reference:
+                            batch["ref_logprobs"] = spread(completion_logprobs(reference, input_ids, loss_mask, TEMPERATURE)[0], loss_mask)
+                    if UPDATES_PER_ROLLOUT > 1:
+                        batch["old_logprobs"] = spread(completion_logprobs(model, input_ids, loss_mask, TEMPERATURE)[0], loss_mask)
+                batches.append(batch)
+
+            # 5 clipped update: the loss of the step is the sum over micro-batches, each with its share of completions or tokens
+            all_tokens = sum(int(batch["loss_mask"].sum()) for batch in batches)
+            for group in optimizer.param_groups:
+                group["lr"] = LR * min(1.0, step / max(1, WARMUP))
+            for _ in range(UPDATES_PER_ROLLOUT):
+                sums = {}
+                for batch in batches:
+                    with autocast():
+                        logprobs, entropy = completion_logprobs(model, batch["input_ids"], batch["loss_mask"], TEMPERATURE)
+                    share = len(entropy) / all_tokens
+                    logprobs = spread(logprobs, batch["loss_mask"])
+                    old_logprobs = logprobs.detach() if batch["old_logprobs"] is None else batch["old_logprobs"]
+                    loss, metrics = grpo_loss(logprobs, old_logprobs, batch["ref_logprobs"], batch["advantages"], batch["loss_mask"],
+                                              clip_low=CLIP_LOW, clip_high=CLIP_HIGH, beta=BETA,
+                                              aggregate=MAX_NEW_TOKENS if AGGREGATE == "constant" else AGGREGATE)
+                    loss = loss * (share if AGGREGATE == "token" else len(logprobs) / len(samples))
+                    loss.backward()
+                    for name, value in {**metrics, "entropy": entropy.mean()}.items():
+                        sums[name] = max(sums.get(name, 0.0), float(value)) if name == "ratio_error" else sums.get(name, 0.0) + share * float(value)
+                    sums["loss"] = sums.get("loss", 0.0) + float(loss)
+                norm = torch.nn.utils.clip_grad_norm_(parameters, GRAD_CLIP)
+                if bool(torch.isfinite(norm)):
+                    optimizer.step()
+                optimizer.zero_grad()
+            seconds["update"] = time.time() - clock
+            log |= sums | {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}
+            log |= {"rollout_tokens_per_s": all_tokens / seconds["rollout"], "update_tokens_per_s": all_tokens / seconds["update"]}
+
+        # 6 log, evaluate, save
+        if step and (step == 1 or step % SAMPLES_EVERY == 0):
+            with open(folder / "samples.jsonl", "a", encoding="utf-8") as file:
+                for i in range(0, len(rows), GROUP_SIZE):
+                    sample = {"step": step, "prompt": rows[i]["prompt"], "completion": completions[i][1], "scores": completions[i][2],
+                              "advantage": float(advantages.flatten()[i])}
+                    file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+        if step == 1 and log["truncated"] > 0.5:
+            tqdm.write(f"{log['truncated']:.0%} of the completions are cut off at MAX_NEW_TOKENS={MAX_NEW_TOKENS}: raise it, or the token "
+                       "budget decides the rewards and not the model")
+        if step % EVAL_EVERY == 0 or step == STEPS:
+            clock = time.time()
+            rows, prompts = ([x for x in xs for _ in range(EVAL_SAMPLES)] for xs in (val, val_ids))
+            completions = generate(model, rows, prompts, eos_ids, tokenizer, torch.Generator().manual_seed(SEED))
+            log |= {f"val_{name}": value for name, value in summarise(completions, eos_ids).items()}
+            log |= {"val_lengths": [len(ids) for ids, _, _ in completions], "val_seconds": time.time() - clock}
+            below = 0 if log["val_accuracy"] >= best else below + 1
+            if log["val_accuracy"] > best:
+                best, best_step = log["val_accuracy"], step
+                save_policy(model, tokenizer, folder)
+        if step and step % SAVE_EVERY == 0:
+            save_policy(model, tokenizer, folder / f"step-{step}")
+            for old in sorted(folder.glob("step-*"), key=lambda path: int(path.name[5:]))[:-KEEP_LAST]:
+                shutil.rmtree(old)
+        log |= {"seconds": time.time() - began, "peak_gib": peak_memory()}
+        with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(log) + "\n")
+        for name, value in log.items():
+            if name not in ("step", "val_lengths"):
+                writer.add_scalar(name, value, step)
+        tqdm.write(f"step {step}  " + "  ".join(f"{name} {log[name]:.3f}" for name in SHOWN if name in log))
+        if below >= PATIENCE:
+            tqdm.write(f"val accuracy was below its best, {best:.3f} at step {best_step}, for {PATIENCE} evaluations: stopped")
+            break
+
+    writer.close()
+    finish_run(folder, {"steps": step, "best_step": best_step, "best_val_accuracy": best, "last_val_accuracy": log["val_accuracy"],
+                        "seconds": time.time() - began, "peak_gib": peak_memory()})
+
+
+if __name__ == "__main__":
+    main()
