@@ -671,7 +671,7 @@ def main() -> None:
                     loss.backward()
                     for name, value in {**metrics, "entropy": entropy.mean()}.items():
                         sums[name] = max(sums.get(name, 0.0), float(value)) if name == "ratio_error" else sums.get(name, 0.0) + share * float(value)
-                    sums["loss"] = sums.get("loss", 0.0) + float(loss)
+                    sums["loss"] = sums.get("loss", 0.0) + float(loss.detach())
                 norm = torch.nn.utils.clip_grad_norm_(parameters, GRAD_CLIP)
                 if bool(torch.isfinite(norm)):
                     optimizer.step()

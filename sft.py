@@ -65,13 +65,13 @@ HEAD_CHUNK = 2048            # completion tokens whose logits exist at a time
 # Evaluation
 LOG_EVERY = 20               # steps between lines on the screen; log.jsonl has every step
 EVAL_EVERY = 200             # steps between evaluations on val; the best by loss is kept
-EVAL_ROWS = 136              # rows of val that are sampled for accuracy
-EVAL_BATCH = 136             # completions sampled at a time
+EVAL_ROWS = 64               # rows of val that are sampled for accuracy
+EVAL_BATCH = 64              # completions sampled at a time
 TEMPERATURE = 0.7
 TOP_P = 0.9
 MAX_NEW_TOKENS = 1024
 # What MODEL=tiny has instead, where the command line does not say otherwise
-TINY = {"LOAD_4BIT": 0, "LORA_RANK": 0, "GRADIENT_CHECKPOINTING": 0, "OPTIMIZER_8BIT": 0, "STEPS": 2000, "LR": 3e-3, "MUON_LR": 3e-3,
+TINY = {"MODEL": "tiny", "LOAD_4BIT": 0, "LORA_RANK": 0, "GRADIENT_CHECKPOINTING": 0, "OPTIMIZER_8BIT": 0, "STEPS": 2000, "LR": 3e-3, "MUON_LR": 3e-3,
         "MIN_LR": 0.05, "WARMUP": 0.05, "WEIGHT_DECAY": 0.05, "BATCH_TOKENS": 4096, "MAX_NEW_TOKENS": 256, "EVAL_EVERY": 500}
 TINY_SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -440,7 +440,7 @@ def main() -> None:
             with autocast():
                 part = -completion_logprobs(model, input_ids, loss_mask)[0].sum() / count
             part.backward()
-            loss += float(part)
+            loss += float(part.detach())
             tokens += input_ids.numel()
         norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], GRAD_CLIP)
         for optimizer, peak in zip(optimizers, peaks):
