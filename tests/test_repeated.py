@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("data_prep", "sft", "grpo", "eval")
-DIFFERENT = {"main", "is_tiny", "evaluate"}       # the same question, another answer
+DIFFERENT = {"main", "is_tiny", "summarise"}       # the same question, another answer
 
 
 def functions():
