@@ -385,7 +385,7 @@ def load_model(path: str, trainable: bool):
     model cannot be reached.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 
     cuda = torch.cuda.is_available()
     adapter = Path(path, "adapter_config.json")
@@ -400,8 +400,11 @@ def load_model(path: str, trainable: bool):
         options["device_map"] = {"": 0}
     else:
         options["attn_implementation"] = "eager"     # the fused attention of a CPU is slower at the lengths that a CPU can train
+    config = Path(path, "tokenizer_config.json")
+    # AutoTokenizer gives every Qwen2 the tokenizer of Qwen2, also where the folder names another: the word tokenizer of MODEL=tiny
+    own = config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") == "TokenizersBackend"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path if Path(path, "tokenizer_config.json").is_file() else base, revision=REVISION or None)
+        tokenizer = (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(path if config.is_file() else base, revision=REVISION or None)
         model = AutoModelForCausalLM.from_pretrained(base, revision=REVISION or None, **options)
     except OSError as error:
         sys.exit(f"cannot load the model {base!r}: {str(error).splitlines()[0]}\nUse MODEL=tiny, which needs no download, or the path of "
