@@ -44,9 +44,9 @@ TEST_HANDS = 272             # a fifth
 TRACES_PER_HAND = 96         # for SFT; equal traces are written once
 MAX_TRACE_TOKENS = 250       # words of a completion: below MAX_NEW_TOKENS of the tiny model; a longer trace is drawn again
 LARGEST = 200                # results above it are tried only where a solution needs them
-WRONG_FIRST = 0.55           # chance of one more wrong first step; the tail of long traces comes from it
-WRONG_SECOND = 0.40          # chance of one more wrong second step before the right one
-HOPELESS = 0.35              # chance of one more try in a state that cannot make the target
+WRONG = 0.25                 # chance that a wrong step before the right one, in the order of search, is tried
+ENTER = 0.4                  # chance that the search goes on from a state that cannot make the target ...
+HOPELESS = 0.15              # ... and there of each step
 
 
 def override_constants(argv: list[str], is_tiny=lambda given: False) -> dict:
@@ -161,24 +161,20 @@ def write_trace(hand: list[int], target: int, rng: random.Random) -> str:
 
     def search(state: tuple[Fraction, ...]) -> list[Step]:
         """Writes the search below a solvable state, returns the steps of the solution."""
-        steps = list(steps_from(state))
-        rng.shuffle(steps)
-        right = [(step, after) for step, after in steps if solvable(tuple(sorted(after)), target)]
-        wrong = [(step, after) for step, after in steps if not solvable(tuple(sorted(after)), target) and plausible(step)]
-        chance = {4: WRONG_FIRST, 3: WRONG_SECOND}.get(len(state), 0)
-        while wrong and rng.random() < chance:
-            step, after = wrong.pop()
-            line(state, step)
-            if len(after) == 3:
-                # two first steps can make the same state: what was tried there is not tried again
-                tries = [s for s, _ in steps_from(after) if plausible(s) and (tuple(sorted(after)), s) not in written]
-                rng.shuffle(tries)
-                while tries and rng.random() < HOPELESS:
-                    line(after, tries.pop())
-        simple = [(step, after) for step, after in right if plausible(step)] or right
-        step, after = rng.choice(simple)
-        line(state, step)
-        return [step] + (search(after) if len(after) > 1 else [])
+        steps = [step for step in steps_from(state) if plausible(step[0]) and solvable(tuple(sorted(step[1])), target)]
+        right, after_right = steps[0] if steps else next(s for s in steps_from(state) if solvable(tuple(sorted(s[1])), target))
+        for step, after in steps_from(state) if len(state) > 2 else ():
+            if step == right:
+                break
+            if plausible(step) and rng.random() < WRONG and not solvable(tuple(sorted(after)), target):
+                line(state, step)
+                if len(after) == 3 and rng.random() < ENTER:
+                    # two first steps can make the same state: what was tried there is not tried again
+                    for hopeless, _ in steps_from(after):
+                        if plausible(hopeless) and rng.random() < HOPELESS and (tuple(sorted(after)), hopeless) not in written:
+                            line(after, hopeless)
+        line(state, right)
+        return [right] + (search(after_right) if len(after_right) > 1 else [])
 
     steps = search(tuple(hand))
     expression = f"{steps[-1][0]} {steps[-1][1]} {steps[-1][2]}".split()
