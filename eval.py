@@ -300,6 +300,8 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
     device, count = next(model.parameters()).device, len(prompt_ids)
     if not count or min(map(len, prompt_ids)) == 0:
         raise ValueError(f"rollout needs at least one prompt, each of at least one token; got {count} prompts")
+    if not 0 < top_p <= 1 or temperature < 0:
+        raise ValueError(f"top_p must be above 0 and at most 1, temperature at least 0; got {top_p} and {temperature}")
     width = max(map(len, prompt_ids))
     input_ids = torch.tensor([[eos_ids[0]] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
     padding = torch.tensor([width - len(ids) for ids in prompt_ids], device=device)
@@ -313,6 +315,8 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
     causal = torch.full((width, width), torch.finfo(dtype).min, dtype=dtype, device=device).triu(1)
     mask = torch.maximum(hidden[..., :width] + causal, torch.tensor(torch.finfo(dtype).min, dtype=dtype))
     positions = (slots[:width] - padding[:, None]).clamp(min=0)
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")        # twice the speed of eager for one token a row; no change on a GPU
     model.eval()
     try:
         for step in range(max_new_tokens):
@@ -333,6 +337,7 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
             input_ids, mask, positions = tokens[:, None], hidden[..., :cache.filled + 1], (cache.filled - padding)[:, None]
     finally:
         model.train(training)
+        model.set_attn_implementation(attention)
     if stats is not None:
         stats["nucleus_mass"] = float(torch.cat(mass).mean())
     return [row[:length] for row, length in zip(completions.tolist(), lengths.tolist())]

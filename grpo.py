@@ -116,18 +116,14 @@ def group_statistics(rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     equal = low == rewards.masked_fill(~valid, float("-inf")).amax(1)
     mean = torch.where(equal, low, rewards.nansum(1) / count)
     square = ((rewards - mean[:, None]) ** 2).nansum(1)
-    return mean, torch.where(equal, torch.zeros_like(mean), (square / (count - 1)).sqrt())
+    return mean, torch.where(equal, torch.zeros_like(mean), (square / (count - 1)).sqrt()).masked_fill(count == 0, float("nan"))
 
 
 def baseline_advantages(rewards: torch.Tensor, baseline: str) -> torch.Tensor:
     """Advantages (P, G) without momentum: group (GRPO), none (Dr. GRPO, eq. 3 of arXiv:2503.20783), batch (std of all rewards)."""
     mean, std = group_statistics(rewards)
-    centred = (rewards - mean[:, None]).nan_to_num(0.0)
-    if baseline == "group":
-        return centred / (std[:, None] + 1e-4)
-    if baseline == "batch":
-        return centred / (group_statistics(rewards.reshape(1, -1))[1] + 1e-4)
-    return centred
+    scale = {"group": std[:, None], "batch": group_statistics(rewards.reshape(1, -1))[1]}.get(baseline)
+    return (rewards - mean[:, None] if scale is None else (rewards - mean[:, None]) / (scale + 1e-4)).nan_to_num(0.0)
 
 
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, loss_mask, *, clip_low, clip_high, beta, aggregate):
@@ -228,6 +224,8 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
     device, count = next(model.parameters()).device, len(prompt_ids)
     if not count or min(map(len, prompt_ids)) == 0:
         raise ValueError(f"rollout needs at least one prompt, each of at least one token; got {count} prompts")
+    if not 0 < top_p <= 1 or temperature < 0:
+        raise ValueError(f"top_p must be above 0 and at most 1, temperature at least 0; got {top_p} and {temperature}")
     width = max(map(len, prompt_ids))
     input_ids = torch.tensor([[eos_ids[0]] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
     padding = torch.tensor([width - len(ids) for ids in prompt_ids], device=device)
@@ -241,6 +239,8 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
     causal = torch.full((width, width), torch.finfo(dtype).min, dtype=dtype, device=device).triu(1)
     mask = torch.maximum(hidden[..., :width] + causal, torch.tensor(torch.finfo(dtype).min, dtype=dtype))
     positions = (slots[:width] - padding[:, None]).clamp(min=0)
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")        # twice the speed of eager for one token a row; no change on a GPU
     model.eval()
     try:
         for step in range(max_new_tokens):
@@ -261,6 +261,7 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
             input_ids, mask, positions = tokens[:, None], hidden[..., :cache.filled + 1], (cache.filled - padding)[:, None]
     finally:
         model.train(training)
+        model.set_attn_implementation(attention)
     if stats is not None:
         stats["nucleus_mass"] = float(torch.cat(mass).mean())
     return [row[:length] for row, length in zip(completions.tolist(), lengths.tolist())]
@@ -501,7 +502,7 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
             made.append(batch)
             batch = []
         batch.append(index)
-    return made + [batch]
+    return made + [batch] if batch else made
 
 
 def collate(samples: list[tuple[list[int], int]], device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -556,6 +557,8 @@ def generate(model, rows: list[dict], prompts: list[list[int]], eos_ids: list[in
 def summarise(completions: list[tuple], eos_ids: list[int]) -> dict[str, float]:
     """Means of every part and fact of the rewards, and the lengths in tokens, by right and wrong answers."""
     scores = [s for _, _, s in completions if s is not None]
+    if not scores:
+        sys.exit(f"no reward for any of {len(completions)} completions: are these rows of TASK={TASK}?")
     lengths = torch.tensor([float(len(ids)) for ids, _, s in completions if s is not None])
     right = torch.tensor([s.get("correct", 0.0) == 1 for s in scores])
     log = {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
@@ -571,6 +574,9 @@ def main() -> None:
     constants = override_constants(sys.argv[1:], is_tiny)
     root = Path(OUT or f"runs/{TASK}")
     folder, data, start = root / "grpo", Path(DATA or root / "data"), SFT or str(root / "sft")
+    for name, choices in {"BASELINE": ("momentum", "group", "none", "batch"), "AGGREGATE": ("sequence", "token", "constant")}.items():
+        if constants[name] not in choices:
+            sys.exit(f"unknown {name} {constants[name]!r}; there is {', '.join(choices)}")
     if not Path(start).is_dir() and not SFT:
         sys.exit(f"{start} is missing: run `make sft`, or set SFT= to a policy folder or a hub model")
     train, val = read_rows(data / "train.jsonl", ("prompt",)), read_rows(data / "val.jsonl", ("prompt",))

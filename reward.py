@@ -173,14 +173,14 @@ def score_game24(completion: str, row: dict, truncated: bool) -> dict[str, float
             "answered": float(answered), "steps": float(counted), "lines": float(len(lines))}
 
 
-TASKS = {"game24": score_game24}
+TASKS = {"game24": (valid_row, score_game24)}     # what refuses an unusable row, and what scores a completion
 
 
 def score(task: str, completion: str, row: dict, truncated: bool = False) -> dict[str, float] | None:
     """Total reward, its parts in [0, 1] and facts of one completion; None when the row itself is unusable.
 
-    game24: reward, outcome, process, length; correct and answered (0/1); steps (lines that are or should be steps), lines.
-    Never raises on any completion. Raises ValueError on an unknown task.
+    Every task: reward, correct (0/1: a right answer), answered (0/1: any answer). game24 also: outcome, process, length; steps (lines that
+    are or should be steps), lines. Never raises on any completion. Raises ValueError on an unknown task.
     """
     if task not in TASKS:
         raise ValueError(f"unknown TASK {task!r}; there is {', '.join(TASKS)}")
@@ -188,12 +188,12 @@ def score(task: str, completion: str, row: dict, truncated: bool = False) -> dic
         check_row(task, row)
     except ValueError:
         return None
-    return TASKS[task](completion if isinstance(completion, str) else "", row, truncated)
+    return TASKS[task][1](completion if isinstance(completion, str) else "", row, truncated)
 
 
 def check_row(task: str, row: dict) -> None:
     """Raises ValueError, with what is wrong, on a row that cannot be scored."""
-    valid_row(row)
+    TASKS[task][0](row)
 
 
 def prompt(task: str, row: dict) -> str:

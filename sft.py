@@ -341,7 +341,7 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
             made.append(batch)
             batch = []
         batch.append(index)
-    return made + [batch]
+    return made + [batch] if batch else made
 
 
 def learning_rate(step: int) -> float:
@@ -396,15 +396,17 @@ def evaluate(model, tokenizer, samples, rows: list[dict]) -> dict[str, float]:
                 truncated = not torch.isin(ids, torch.tensor(end_ids(model, tokenizer), device=device)).any()
                 scores.append(reward.score(TASK, tokenizer.decode(ids, skip_special_tokens=True), row, bool(truncated)))
     model.train()
-    return {"val_loss": float(torch.cat(losses).mean()), "val_accuracy": sum(s["correct"] for s in scores) / len(scores),
-            "val_unfinished": 1 - sum(s["answered"] for s in scores) / len(scores)}
+    scores = [s for s in scores if s is not None]
+    log = {"val_loss": float(torch.cat(losses).mean())} if losses else {}
+    return log | {"val_accuracy": sum(s["correct"] for s in scores) / len(scores),
+                  "val_unfinished": 1 - sum(s["answered"] for s in scores) / len(scores)}
 
 
 def main() -> None:
     constants = override_constants(sys.argv[1:], is_tiny)
     root = Path(OUT or f"runs/{TASK}")
     folder, data = root / "sft", Path(DATA or root / "data")
-    train, val = (read_rows(data / f"{split}.jsonl", ("prompt", "completion")) for split in ("train", "val"))
+    train, val = read_rows(data / "train.jsonl", ("prompt", "completion")), read_rows(data / "val.jsonl", ("prompt",))
     start_run(folder, constants, [data / "train.jsonl", data / "val.jsonl"], device_name())
     torch.manual_seed(SEED)
     torch.set_num_threads(THREADS or os.cpu_count())
@@ -415,21 +417,23 @@ def main() -> None:
 
     def encode(rows):
         samples = []
-        for row, completion in zip(rows, tokenizer([row["completion"] for row in rows], add_special_tokens=False).input_ids):
-            prompt = encode_prompt(tokenizer, row["prompt"])
-            samples.append((prompt + completion + [tokenizer.eos_token_id], len(prompt)))
+        for start in range(0, len(rows), 1000):         # of 100,000 rows at once the tokenizer's own objects would fill gigabytes
+            part = rows[start:start + 1000]
+            for row, completion in zip(part, tokenizer([row["completion"] for row in part], add_special_tokens=False).input_ids):
+                prompt = encode_prompt(tokenizer, row["prompt"])
+                samples.append((prompt + completion + [tokenizer.eos_token_id], len(prompt)))
         kept = [sample for sample in samples if len(sample[0]) <= MAX_TOKENS]
         if len(kept) < len(samples):
             print(f"{len(samples) - len(kept)} of {len(samples)} samples are longer than MAX_TOKENS={MAX_TOKENS} and left out")
-        if not kept:
+        if samples and not kept:
             sys.exit(f"no sample of {len(samples)} is within MAX_TOKENS={MAX_TOKENS}")
         return kept
 
-    samples, val_samples = encode(train), encode(val)
+    samples, val_samples = encode(train), encode([row for row in val if row.get("completion")])
     optimizers = make_optimizers(model)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     writer = SummaryWriter(folder / "tensorboard")
-    rng, order, best, best_step, tokens = random.Random(SEED), [], float("inf"), 0, 0
+    rng, order, best, best_log, tokens = random.Random(SEED), [], float("inf"), {}, 0
     model.train()
     began = time.time()
     for step in tqdm(range(1, STEPS + 1), desc="sft", unit="step", dynamic_ncols=True):
@@ -457,8 +461,8 @@ def main() -> None:
                "tokens_per_s": tokens / seconds, "seconds": seconds, "peak_gib": peak_memory()}
         if step % EVAL_EVERY == 0 or step == STEPS:
             log |= evaluate(model, tokenizer, val_samples, val)
-            if log["val_loss"] < best:
-                best, best_step, best_accuracy = log["val_loss"], step, log["val_accuracy"]
+            if log.get("val_loss", -log["val_accuracy"]) < best:         # by accuracy where val has no completions
+                best, best_log = log.get("val_loss", -log["val_accuracy"]), log
                 save_policy(model, tokenizer, folder)
         with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(log) + "\n")
@@ -467,7 +471,7 @@ def main() -> None:
         if step % LOG_EVERY == 0 or "val_loss" in log:
             tqdm.write("  ".join(f"{name} {value:.5g}" for name, value in log.items()))
     writer.close()
-    finish_run(folder, {"steps": STEPS, "best_step": best_step, "best_val_loss": best, "best_val_accuracy": best_accuracy,
+    finish_run(folder, {"steps": STEPS, **{f"best_{name}": best_log[name] for name in best_log if name == "step" or name.startswith("val_")},
                         "seconds": time.time() - began, "peak_gib": peak_memory()})
 
 
