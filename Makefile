@@ -10,7 +10,7 @@ SCRIPTS = data_prep sft grpo eval
 RUN = .venv/bin/python
 
 # The constants of a script are the names in capitals at the starts of its lines, and those of reward.py.
-names = $(shell sed -n 's/^\([A-Z][A-Z0-9_, ]*\) = .*/\1/p' $(1).py reward.py | tr -d ' ' | tr ',' '\n' | sort -u)
+names = $(shell sed -n 's/^\([A-Z][A-Z0-9_, ]*\) = ["0-9.-].*/\1/p' $(1).py reward.py | tr -d ' ' | tr ',' '\n' | sort -u)
 $(foreach s,$(SCRIPTS),$(eval NAMES_$(s) := $(call names,$(s))))
 given = $(foreach v,$(1),$(if $(filter command,$(firstword $(origin $(v)))),$(v)))
 # From make, STEPS and LR are those of grpo.py; sft.py has SFT_STEPS and SFT_LR.
@@ -33,7 +33,7 @@ endif
 .DELETE_ON_ERROR:
 
 help:             ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1: /p' $(firstword $(MAKEFILE_LIST)) | awk -F': ' '{printf "make %-8s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z]*\):.*## /make \1 \t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 13
 	@echo 'Constants: make train BETA=0 STEPS=50; each script lists its own with --help'
 
 train: eval       ## environment, data, SFT, GRPO, evaluation with plots
@@ -57,15 +57,19 @@ eval: $(OUT)/eval/metrics.json   ## SFT against GRPO on the test split: table, p
 $(OUT)/.%.flags: FORCE
 	@mkdir -p $(OUT); printf '%s\n' "$(FLAGS_$*)" | cmp -s - $@ || printf '%s\n' "$(FLAGS_$*)" > $@
 
+# DATA= and SFT= from the command line are there already: files of one's own, or a hub model.
+DATA_READY = $(if $(filter file,$(origin DATA)),$(DATA)/summary.json,$(wildcard $(DATA)/*.jsonl))
+SFT_READY = $(if $(filter file,$(origin SFT)),$(SFT)/summary.json,$(wildcard $(SFT)/summary.json))
+
 ifeq ($(origin DATA),file)
 $(DATA)/summary.json: data_prep.py reward.py $(OUT)/.data_prep.flags | .venv/ready
 	$(RUN) data_prep.py $(FLAGS_data_prep)
 endif
 ifeq ($(origin SFT),file)
-$(SFT)/summary.json: sft.py reward.py $(DATA)/summary.json $(OUT)/.sft.flags | .venv/ready
+$(SFT)/summary.json: sft.py reward.py $(DATA_READY) $(OUT)/.sft.flags | .venv/ready
 	$(RUN) sft.py $(FLAGS_sft)
 endif
-$(OUT)/grpo/summary.json: grpo.py reward.py $(DATA)/summary.json $(SFT)/summary.json $(OUT)/.grpo.flags | .venv/ready
+$(OUT)/grpo/summary.json: grpo.py reward.py $(DATA_READY) $(SFT_READY) $(OUT)/.grpo.flags | .venv/ready
 	$(RUN) grpo.py $(FLAGS_grpo)
 $(OUT)/eval/metrics.json: eval.py reward.py $(OUT)/grpo/summary.json $(OUT)/.eval.flags | .venv/ready
 	$(RUN) eval.py $(FLAGS_eval)

@@ -4,8 +4,9 @@
     python data_prep.py --holdout=hands.txt    # these hands become the test split and are kept out of train and val
 
 game24: enumerates all hands of four numbers, solves them exactly, splits the solvable ones by hand and writes search traces
-for SFT: try a step, look at what is left, go back if that cannot make 24, and at the end compose the answer from the steps.
-Unlike a plain depth-first search, a trace gives up on a hopeless state after a few tries, as a person who sees it would.
+for SFT: try first steps in their order, go back from what cannot make 24, and at the end compose the answer from the steps.
+Unlike a depth-first search, a trace goes on with three numbers only if that solves the hand, or for one step: so each line back
+at the four numbers says of three others that they are hopeless, and a model that errs is never stuck among them.
 """
 
 import argparse
@@ -44,9 +45,10 @@ TEST_HANDS = 272             # a fifth
 TRACES_PER_HAND = 96         # for SFT; equal traces are written once
 MAX_TRACE_TOKENS = 250       # words of a completion: below MAX_NEW_TOKENS of the tiny model; a longer trace is drawn again
 LARGEST = 200                # results above it are tried only where a solution needs them
-WRONG = 0.25                 # chance that a wrong step before the right one, in the order of search, is tried
-ENTER = 0.4                  # chance that the search goes on from a state that cannot make the target ...
-HOPELESS = 0.15              # ... and there of each step
+TRY_RIGHT = 0.6              # chance that the search, in its order, tries a step after which the target can be made ...
+TRY_WRONG = 0.3              # ... and one after which it cannot
+SLIP = 0.05                  # chance that a right first step is followed by a wrong second one
+ENTER = 0.2                  # chance that a second step is tried where none can lead to the target, before going back
 
 
 def override_constants(argv: list[str], is_tiny=lambda given: False) -> dict:
@@ -153,28 +155,38 @@ def solvable(state: tuple[Fraction, ...], target: int) -> bool:
 
 def write_trace(hand: list[int], target: int, rng: random.Random) -> str:
     """One completion for a solvable hand: a search with backtracking that ends in the composed answer."""
-    lines, written = [], set()
+    lines = []
 
     def line(state, step):
-        written.add((tuple(sorted(state)), step))
         lines.append(f"{' '.join(map(str, state))} | {step[0]} {step[1]} {step[2]} = {step[3]}")
 
-    def search(state: tuple[Fraction, ...]) -> list[Step]:
-        """Writes the search below a solvable state, returns the steps of the solution."""
-        steps = [step for step in steps_from(state) if plausible(step[0]) and solvable(tuple(sorted(step[1])), target)]
-        right, after_right = steps[0] if steps else next(s for s in steps_from(state) if solvable(tuple(sorted(s[1])), target))
-        for step, after in steps_from(state) if len(state) > 2 else ():
-            if step == right:
-                break
-            if plausible(step) and rng.random() < WRONG and not solvable(tuple(sorted(after)), target):
-                line(state, step)
-                if len(after) == 3 and rng.random() < ENTER:
-                    # two first steps can make the same state: what was tried there is not tried again
-                    for hopeless, _ in steps_from(after):
-                        if plausible(hopeless) and rng.random() < HOPELESS and (tuple(sorted(after)), hopeless) not in written:
-                            line(after, hopeless)
-        line(state, right)
-        return [right] + (search(after_right) if len(after_right) > 1 else [])
+    def choices(state):
+        """Steps from a state with what they make and whether that is solvable; odd ones only where nothing else leads on."""
+        every = [(step, after, solvable(tuple(sorted(after)), target)) for step, after in steps_from(state)]
+        found = [choice for choice in every if plausible(choice[0])]
+        return found if any(right for *_, right in found) else [choice for choice in every if plausible(choice[0]) or choice[2]]
+
+    def search(hand):
+        """Writes the search for a solvable hand, returns the steps of the solution."""
+        untried, seen = choices(hand), set()
+        while True:                 # in order, some of the first steps; what was passed over comes when all else has failed
+            for choice in list(untried):
+                first, state, right = choice
+                if rng.random() > (TRY_RIGHT if right else TRY_WRONG):
+                    continue
+                untried.remove(choice)
+                line(hand, first)
+                if right and (rng.random() > SLIP or not any(solves for *_, solves in untried)):
+                    second, pair, _ = next(c for c in choices(state) if c[2])
+                    line(state, second)
+                    last = next(c[0] for c in choices(pair) if c[2])
+                    line(pair, last)
+                    return [first, second, last]
+                misses = [second for second, _, solves in choices(state) if not solves and (tuple(sorted(state)), second) not in seen]
+                if misses and rng.random() < ENTER:
+                    second = rng.choice(misses)
+                    seen.add((tuple(sorted(state)), second))
+                    line(state, second)
 
     steps = search(tuple(hand))
     expression = f"{steps[-1][0]} {steps[-1][1]} {steps[-1][2]}".split()
@@ -185,6 +197,11 @@ def write_trace(hand: list[int], target: int, rng: random.Random) -> str:
         composed.append(" ".join(expression))
     lines += composed[:-1]
     return "<think>\n" + "\n".join(lines) + f"\n</think>\n<answer> {composed[-1]} </answer>"
+
+
+def count_words(completion: str) -> int:
+    """Words and newlines: the tokens of MODEL=tiny."""
+    return len(completion.replace("\n", " \n ").split(" "))
 
 
 def plausible(step: Step) -> bool:
@@ -241,15 +258,18 @@ def prepare_game24(folder: Path) -> dict:
                 numbers = list(hand)
                 rng.shuffle(numbers)
                 row = {"numbers": numbers} | ({"target": TARGET} if TARGET != 24 else {})
-                completion = write_trace(numbers, TARGET, rng)
-                while len(completion.replace("\n", " \n ").split(" ")) > MAX_TRACE_TOKENS:
+                for _ in range(1000):
                     completion = write_trace(numbers, TARGET, rng)
+                    if count_words(completion) <= MAX_TRACE_TOKENS:
+                        break
+                else:
+                    sys.exit(f"no trace of {numbers} is within MAX_TRACE_TOKENS={MAX_TRACE_TOKENS}, the last has {count_words(completion)} words")
                 made[completion] = {"id": "", "prompt": reward.prompt(TASK, row), "completion": completion, **row}
             rows += made.values()
         rng.shuffle(rows)
         for index, row in enumerate(rows):
             row["id"] = f"{name}-{index}"
-            lengths.append(len(row["completion"].replace("\n", " \n ").split(" ")))
+            lengths.append(count_words(row["completion"]))
         write_rows(folder / f"{name}.jsonl", rows)
         lengths.sort()
         percentiles = {f"p{p}": lengths[(len(lengths) - 1) * p // 100] for p in (5, 50, 95, 100)}
@@ -261,9 +281,16 @@ def prepare_game24(folder: Path) -> dict:
 
 def main() -> None:
     constants = override_constants(sys.argv[1:])
+    recipes = {"game24": prepare_game24}
+    if TASK not in recipes:
+        sys.exit(f"no recipe makes the data of TASK={TASK}; there is {', '.join(recipes)}. Set DATA= to a folder that has it")
+    if HOLDOUT and not Path(HOLDOUT).is_file():
+        sys.exit(f"HOLDOUT={HOLDOUT}: there is no such file")
+    if not 1 <= LOWEST <= HIGHEST:
+        sys.exit(f"numbers must be from 1 up: LOWEST={LOWEST}, HIGHEST={HIGHEST}")
     folder = Path(OUT or f"runs/{TASK}") / "data"
     start_run(folder, constants, [Path(HOLDOUT)] if HOLDOUT else [], "cpu")
-    finish_run(folder, {"game24": prepare_game24}[TASK](folder))
+    finish_run(folder, recipes[TASK](folder))
 
 
 if __name__ == "__main__":

@@ -143,10 +143,10 @@ def read_rows(path: Path, needs: tuple[str, ...]) -> list[dict]:
     if not path.is_file():
         sys.exit(f"{path} is missing: run `make data` (or set DATA= to a folder that has it)")
     rows = []
-    with open(path, encoding="utf-8-sig") as file:
+    with open(path, "rb") as file:          # bytes, so that a line that is not UTF-8 is named too
         for number, line in enumerate(file, 1):
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig"))
                 if not isinstance(row, dict):
                     raise ValueError(f"an object is expected, not {type(row).__name__}")
                 for name in needs:
@@ -358,12 +358,14 @@ def policies() -> dict[str, str]:
 
 def hand_of(row: dict) -> tuple:
     """What must not be in both training and test: the hand in any order, else the prompt."""
-    return tuple(sorted(row["numbers"])) if "numbers" in row else (row["prompt"],)
+    return tuple(sorted(row["numbers"])) if TASK == "game24" else (row["prompt"],)
 
 
 def test_rows(data: Path) -> list[dict]:
     """Rows to evaluate. Exits where one of them is in the training data."""
     if HANDS:
+        if not Path(HANDS).is_file():
+            sys.exit(f"HANDS={HANDS}: there is no such file")
         rows = []
         for number, line in enumerate(Path(HANDS).read_text(encoding="utf-8-sig").split("\n"), 1):
             if line.strip():
@@ -512,10 +514,15 @@ def ask(question: str) -> None:
 
 def export(place: str, folder: Path) -> None:
     """Writes a policy as a plain model of transformers. Exact: 4-bit weights are dequantised before the adapter is merged."""
+    from peft import PeftModel
+
     model, tokenizer = load_model(place, trainable=False)
+    adapted = hasattr(model, "peft_config")
     if LOAD_4BIT:
-        (model.get_base_model() if hasattr(model, "peft_config") else model).dequantize()
-    if hasattr(model, "peft_config"):
+        model = model.unload() if adapted else model
+        model.dequantize()
+        model = PeftModel.from_pretrained(model, place) if adapted else model
+    if adapted:
         model = model.merge_and_unload()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

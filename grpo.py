@@ -349,10 +349,10 @@ def read_rows(path: Path, needs: tuple[str, ...]) -> list[dict]:
     if not path.is_file():
         sys.exit(f"{path} is missing: run `make data` (or set DATA= to a folder that has it)")
     rows = []
-    with open(path, encoding="utf-8-sig") as file:
+    with open(path, "rb") as file:          # bytes, so that a line that is not UTF-8 is named too
         for number, line in enumerate(file, 1):
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig"))
                 if not isinstance(row, dict):
                     raise ValueError(f"an object is expected, not {type(row).__name__}")
                 for name in needs:
@@ -577,8 +577,8 @@ def main() -> None:
     for name, choices in {"BASELINE": ("momentum", "group", "none", "batch"), "AGGREGATE": ("sequence", "token", "constant")}.items():
         if constants[name] not in choices:
             sys.exit(f"unknown {name} {constants[name]!r}; there is {', '.join(choices)}")
-    if not Path(start).is_dir() and not SFT:
-        sys.exit(f"{start} is missing: run `make sft`, or set SFT= to a policy folder or a hub model")
+    if not SFT and not Path(start, "summary.json").is_file():
+        sys.exit(f"{start} holds no finished SFT: run `make sft`, or set SFT= to a policy folder or a hub model")
     train, val = read_rows(data / "train.jsonl", ("prompt",)), read_rows(data / "val.jsonl", ("prompt",))
     start_run(folder, constants, [data / "train.jsonl", data / "val.jsonl", *sorted(Path(start).glob("*.safetensors"))], device_name())
     torch.manual_seed(SEED)

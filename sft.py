@@ -154,10 +154,10 @@ def read_rows(path: Path, needs: tuple[str, ...]) -> list[dict]:
     if not path.is_file():
         sys.exit(f"{path} is missing: run `make data` (or set DATA= to a folder that has it)")
     rows = []
-    with open(path, encoding="utf-8-sig") as file:
+    with open(path, "rb") as file:          # bytes, so that a line that is not UTF-8 is named too
         for number, line in enumerate(file, 1):
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig"))
                 if not isinstance(row, dict):
                     raise ValueError(f"an object is expected, not {type(row).__name__}")
                 for name in needs:
