@@ -42,11 +42,11 @@ LOWEST, HIGHEST = 1, 13      # numbers of a hand: a deck of cards
 VAL_HANDS = 136              # a tenth of the 1,362 solvable hands
 TEST_HANDS = 272             # a fifth
 # Traces
-TRACES_PER_HAND = 96         # for SFT; equal traces are written once
+TRACES_PER_HAND = 128        # for SFT; equal traces are written once
 MAX_TRACE_TOKENS = 250       # words of a completion: below MAX_NEW_TOKENS of the tiny model; a longer trace is drawn again
 LARGEST = 200                # results above it are tried only where a solution needs them
-TRY_RIGHT = 0.6              # chance that the search, in its order, tries a step after which the target can be made ...
-TRY_WRONG = 0.3              # ... and one after which it cannot
+TRY_RIGHT = 0.5              # chance that the search, in its order, tries a step after which the target can be made ...
+TRY_WRONG = 0.35             # ... and one after which it cannot
 SLIP = 0.05                  # chance that a right first step is followed by a wrong second one
 ENTER = 0.2                  # chance that a second step is tried where none can lead to the target, before going back
 
@@ -166,29 +166,26 @@ def write_trace(hand: list[int], target: int, rng: random.Random) -> str:
         found = [choice for choice in every if plausible(choice[0])]
         return found if any(right for *_, right in found) else [choice for choice in every if plausible(choice[0]) or choice[2]]
 
-    def search(hand):
-        """Writes the search for a solvable hand, returns the steps of the solution."""
-        untried, seen = choices(hand), set()
-        while True:                 # in order, some of the first steps; what was passed over comes when all else has failed
-            for choice in list(untried):
-                first, state, right = choice
-                if rng.random() > (TRY_RIGHT if right else TRY_WRONG):
-                    continue
-                untried.remove(choice)
-                line(hand, first)
-                if right and (rng.random() > SLIP or not any(solves for *_, solves in untried)):
-                    second, pair, _ = next(c for c in choices(state) if c[2])
-                    line(state, second)
-                    last = next(c[0] for c in choices(pair) if c[2])
-                    line(pair, last)
-                    return [first, second, last]
-                misses = [second for second, _, solves in choices(state) if not solves and (tuple(sorted(state)), second) not in seen]
-                if misses and rng.random() < ENTER:
-                    second = rng.choice(misses)
-                    seen.add((tuple(sorted(state)), second))
-                    line(state, second)
+    untried, seen, steps = choices(tuple(hand)), set(), []
+    while not steps:                # in order, some of the first steps; what was passed over comes when all else has failed
+        for choice in list(untried):
+            first, state, right = choice
+            if steps or rng.random() > (TRY_RIGHT if right else TRY_WRONG):
+                continue
+            untried.remove(choice)
+            line(hand, first)
+            if right and (rng.random() > SLIP or not any(solves for *_, solves in untried)):
+                second, pair, _ = next(c for c in choices(state) if c[2])
+                steps = [first, second, next(c[0] for c in choices(pair) if c[2])]
+                line(state, second)
+                line(pair, steps[-1])
+                continue
+            misses = [second for second, _, solves in choices(state) if not solves and (tuple(sorted(state)), second) not in seen]
+            if misses and rng.random() < ENTER:
+                second = rng.choice(misses)
+                seen.add((tuple(sorted(state)), second))
+                line(state, second)
 
-    steps = search(tuple(hand))
     expression = f"{steps[-1][0]} {steps[-1][1]} {steps[-1][2]}".split()
     composed = []
     for a, operator, b, result in reversed(steps[:-1]):

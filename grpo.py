@@ -66,7 +66,8 @@ MOMENTUM_MAX = 0.2           # ... and where it stays (the report's value)
 STEPS = 100                  # rollouts
 UPDATES_PER_ROLLOUT = 1      # optimizer steps on each rollout; above 1 the clipping matters
 LR = 2e-5                    # QLoRA; the report's 2e-6 is for all weights of a large model
-WARMUP = 5                   # steps with a rising learning rate
+WARMUP = 5                   # steps with a rising learning rate, ...
+MIN_LR = 0.1                 # ... which then falls in a line to this share of LR: late steps waver less
 WEIGHT_DECAY = 0.0
 GRAD_CLIP = 1.0              # norm of the gradient
 CLIP_LOW, CLIP_HIGH = 0.2, 0.2   # the ratio is clipped to [1 - CLIP_LOW, 1 + CLIP_HIGH]
@@ -76,14 +77,16 @@ MICRO_BATCH_TOKENS = 4096    # tokens of a forward pass: lower it when memory ru
 HEAD_CHUNK = 2048            # completion tokens whose logits exist at a time
 # Evaluation
 EVAL_EVERY = 10              # steps between evaluations on val; the best is kept
-EVAL_SAMPLES = 1             # completions of a val prompt
+EVAL_SAMPLES = 1             # completions of a val prompt ...
+EVAL_TEMPERATURE = 0.7       # ... and how they are sampled: as in eval.py
+EVAL_TOP_P = 0.9
 PATIENCE = 4                 # stop after so many evaluations in a row below the best
 SAMPLES_EVERY = 10           # steps between sample completions in samples.jsonl
 SAVE_EVERY = 50              # steps between checkpoints step-N
 KEEP_LAST = 2                # checkpoints kept
 # What a policy that began as MODEL=tiny has instead, where the command line does not say otherwise
-TINY = {"LOAD_4BIT": 0, "LORA_RANK": 0, "GRADIENT_CHECKPOINTING": 0, "OPTIMIZER_8BIT": 0, "MAX_NEW_TOKENS": 256, "LR": 2e-4, "STEPS": 200,
-        "MICRO_BATCH_TOKENS": 8192, "ROLLOUT_ROWS": 256, "EVAL_EVERY": 20, "EVAL_SAMPLES": 2}
+TINY = {"LOAD_4BIT": 0, "LORA_RANK": 0, "GRADIENT_CHECKPOINTING": 0, "OPTIMIZER_8BIT": 0, "MAX_NEW_TOKENS": 256, "PROMPTS_PER_STEP": 32, "TOP_P": 1.0,
+        "LR": 2e-4, "STEPS": 80, "MICRO_BATCH_TOKENS": 8192, "ROLLOUT_ROWS": 272, "EVAL_EVERY": 10, "EVAL_SAMPLES": 4}
 
 SHOWN = ("reward", "reward_std", "accuracy", "unfinished", "wrong", "tokens", "kl", "entropy", "clip_fraction", "grad_norm", "rollout_tokens_per_s",
          "update_tokens_per_s", "val_accuracy", "val_unfinished", "val_tokens")      # of the log, on the screen
@@ -541,13 +544,13 @@ def spread(values: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
 # ---- the loop ---------------------------------------------------------------------------------------------------------
 
 
-def generate(model, rows: list[dict], prompts: list[list[int]], eos_ids: list[int], tokenizer, generator, stats=None):
+def generate(model, rows: list[dict], prompts: list[list[int]], eos_ids: list[int], tokenizer, generator, temperature, top_p, stats=None):
     """Completions of prompts as (ids, text, scores), ROLLOUT_ROWS at a time; scores is None where the reward could not be computed."""
     made = []
     for start in range(0, len(prompts), ROLLOUT_ROWS):
         with autocast():
-            completions = rollout(model, prompts[start:start + ROLLOUT_ROWS], max_new_tokens=MAX_NEW_TOKENS, temperature=TEMPERATURE,
-                                  top_p=TOP_P, eos_ids=eos_ids, generator=generator, stats=stats)
+            completions = rollout(model, prompts[start:start + ROLLOUT_ROWS], max_new_tokens=MAX_NEW_TOKENS, temperature=temperature,
+                                  top_p=top_p, eos_ids=eos_ids, generator=generator, stats=stats)
         for ids, row in zip(completions, rows[start:start + ROLLOUT_ROWS]):
             text = tokenizer.decode(ids, skip_special_tokens=True)
             made.append((ids, text, reward.score(TASK, text, row, truncated=ids[-1] not in eos_ids)))
@@ -625,7 +628,7 @@ def main() -> None:
             rows = [train[i] for i in picked for _ in range(GROUP_SIZE)]
             prompts = [train_ids[i] for i in picked for _ in range(GROUP_SIZE)]
             stats = {}
-            completions = generate(model, rows, prompts, eos_ids, tokenizer, generator, stats)
+            completions = generate(model, rows, prompts, eos_ids, tokenizer, generator, TEMPERATURE, TOP_P, stats)
             seconds = {"rollout": time.time() - clock}
 
             # 2 rewards
@@ -664,7 +667,7 @@ def main() -> None:
             # 5 clipped update: the loss of the step is the sum over micro-batches, each with its share of completions or tokens
             all_tokens = sum(int(batch["loss_mask"].sum()) for batch in batches)
             for group in optimizer.param_groups:
-                group["lr"] = LR * min(1.0, step / max(1, WARMUP))
+                group["lr"] = LR * min(step / max(1, WARMUP), 1 - (1 - MIN_LR) * max(0, step - WARMUP) / max(1, STEPS - WARMUP))
             for _ in range(UPDATES_PER_ROLLOUT):
                 sums = {}
                 for batch in batches:
@@ -702,7 +705,7 @@ def main() -> None:
         if step % EVAL_EVERY == 0 or step == STEPS:
             clock = time.time()
             rows, prompts = ([x for x in xs for _ in range(EVAL_SAMPLES)] for xs in (val, val_ids))
-            completions = generate(model, rows, prompts, eos_ids, tokenizer, torch.Generator().manual_seed(SEED))
+            completions = generate(model, rows, prompts, eos_ids, tokenizer, torch.Generator().manual_seed(SEED), EVAL_TEMPERATURE, EVAL_TOP_P)
             log |= {f"val_{name}": value for name, value in summarise(completions, eos_ids).items()}
             log |= {"val_lengths": [len(ids) for ids, _, _ in completions], "val_seconds": time.time() - clock}
             below = 0 if log["val_accuracy"] >= best else below + 1

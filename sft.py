@@ -71,8 +71,8 @@ TEMPERATURE = 0.7
 TOP_P = 0.9
 MAX_NEW_TOKENS = 1024
 # What MODEL=tiny has instead, where the command line does not say otherwise
-TINY = {"MODEL": "tiny", "LOAD_4BIT": 0, "LORA_RANK": 0, "GRADIENT_CHECKPOINTING": 0, "OPTIMIZER_8BIT": 0, "STEPS": 2000, "LR": 3e-3, "MUON_LR": 3e-3,
-        "MIN_LR": 0.05, "WARMUP": 0.05, "WEIGHT_DECAY": 0.05, "BATCH_TOKENS": 4096, "MAX_NEW_TOKENS": 256, "EVAL_EVERY": 500}
+TINY = {"MODEL": "tiny", "LOAD_4BIT": 0, "LORA_RANK": 0, "GRADIENT_CHECKPOINTING": 0, "OPTIMIZER_8BIT": 0, "STEPS": 3600, "LR": 3e-3, "MUON_LR": 3e-3,
+        "MIN_LR": 0.05, "WARMUP": 0.05, "WEIGHT_DECAY": 0.05, "BATCH_TOKENS": 2048, "MAX_NEW_TOKENS": 256, "EVAL_EVERY": 1200}
 TINY_SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 

@@ -771,6 +771,26 @@ def test_readme_commands_exist(name):
             assert {word.split("=")[0] for word in words[1:] if word.startswith("--")} <= known, words
 
 
+def test_task_of_ones_own_from_the_readme(tmp_path):
+    blocks = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    task, data = next(block for block in blocks if "TASKS[" in block), next(block for block in blocks if "pathlib" in block)
+    assert task.count("\n") < 30
+    for name in ("Makefile", "requirements.txt", *(f"{script}.py" for script in (*SCRIPTS, "reward"))):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv").symlink_to(Path(sys.executable).parents[1])
+    with open(tmp_path / "reward.py", "a", encoding="utf-8") as file:
+        file.write("\n\n" + task)
+    small = {"SFT_STEPS": 30, "BATCH_TOKENS": 512, "EVAL_ROWS": 4, "STEPS": 1, "PROMPTS_PER_STEP": 2, "GROUP_SIZE": 2, "EVAL_EVERY": 30, "SAMPLES": 1,
+             "MAX_NEW_TOKENS": 12, "BOOTSTRAP": 10, "THREADS": 1, "MODEL": "tiny"}
+    commands = [[sys.executable, "-c", data], ["make", "-o", ".venv/ready", "sft", "grpo", "eval", "TASK=sort", "DATA=runs/sort/data",
+                                               *(f"{name}={value}" for name, value in small.items())]]
+    for command in commands:
+        result = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert result.returncode == 0, result.stdout
+    assert "places" in read(tmp_path / "runs/sort/grpo/log.jsonl")[1]
+    assert load(tmp_path / "runs/sort/eval/metrics.json")["grpo"]["n"] == 200
+
+
 def test_readmes_have_the_same_code():
     readmes = [ROOT / name for name in ("README.md", "README.zh.md") if (ROOT / name).exists()]
     blocks = [code_of(path.read_text(encoding="utf-8"))[0] for path in readmes]
