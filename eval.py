@@ -191,6 +191,7 @@ def load_model(path: str, trainable: bool):
     if cuda:
         options["device_map"] = {"": 0}
     else:
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")      # a kernel for every new shape would fill a gigabyte
         options["attn_implementation"] = "eager"     # the fused attention of a CPU is slower at the lengths that a CPU can train
     config = Path(path, "tokenizer_config.json")
     # AutoTokenizer gives every Qwen2 the tokenizer of Qwen2, also where the folder names another: the word tokenizer of MODEL=tiny
@@ -512,6 +513,18 @@ def ask(question: str) -> None:
         print(f"--- {name}: {verdict}, {len(ids)} tokens, {scores['process']:.0%} of the steps right, reward {scores['reward']:.3f}")
 
 
+def save_policy(model, tokenizer, folder: Path) -> None:
+    """Writes a policy into a folder: all files aside first, then each renamed into place, so that none is ever half written."""
+    aside = folder / "saving"
+    shutil.rmtree(aside, ignore_errors=True)
+    options = {"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}
+    model.save_pretrained(aside, **options)
+    tokenizer.save_pretrained(aside)
+    for file in aside.iterdir():
+        os.replace(file, folder / file.name)
+    aside.rmdir()
+
+
 def export(place: str, folder: Path) -> None:
     """Writes a policy as a plain model of transformers. Exact: 4-bit weights are dequantised before the adapter is merged."""
     from peft import PeftModel
@@ -524,8 +537,8 @@ def export(place: str, folder: Path) -> None:
         model = PeftModel.from_pretrained(model, place) if adapted else model
     if adapted:
         model = model.merge_and_unload()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_policy(model, tokenizer, folder)
     print(f"{folder}: reload it with AutoModelForCausalLM.from_pretrained({str(folder)!r})")
 
 

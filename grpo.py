@@ -86,7 +86,7 @@ SAVE_EVERY = 50              # steps between checkpoints step-N
 KEEP_LAST = 2                # checkpoints kept
 # What a policy that began as MODEL=tiny has instead, where the command line does not say otherwise
 TINY = {"LOAD_4BIT": 0, "LORA_RANK": 0, "GRADIENT_CHECKPOINTING": 0, "OPTIMIZER_8BIT": 0, "MAX_NEW_TOKENS": 256, "PROMPTS_PER_STEP": 32, "TOP_P": 1.0,
-        "LR": 2e-4, "STEPS": 80, "MICRO_BATCH_TOKENS": 8192, "ROLLOUT_ROWS": 272, "EVAL_EVERY": 10, "EVAL_SAMPLES": 4}
+        "LR": 2e-4, "STEPS": 80, "ROLLOUT_ROWS": 272, "EVAL_EVERY": 10, "EVAL_SAMPLES": 4}
 
 SHOWN = ("reward", "reward_std", "accuracy", "unfinished", "wrong", "tokens", "kl", "entropy", "clip_fraction", "grad_norm", "rollout_tokens_per_s",
          "update_tokens_per_s", "val_accuracy", "val_unfinished", "val_tokens")      # of the log, on the screen
@@ -403,6 +403,7 @@ def load_model(path: str, trainable: bool):
     if cuda:
         options["device_map"] = {"": 0}
     else:
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")      # a kernel for every new shape would fill a gigabyte
         options["attn_implementation"] = "eager"     # the fused attention of a CPU is slower at the lengths that a CPU can train
     config = Path(path, "tokenizer_config.json")
     # AutoTokenizer gives every Qwen2 the tokenizer of Qwen2, also where the folder names another: the word tokenizer of MODEL=tiny

@@ -202,10 +202,11 @@ def prompt(task: str, row: dict) -> str:
     return f"Make {target} from {' '.join(map(str, numbers))}"
 
 
-def game24(prompts, completions, numbers, **kwargs) -> list[float | None]:
-    """TRL `reward_funcs`: one reward a completion; `numbers` is the dataset's column. None leaves a row out."""
+def game24(prompts, completions, numbers, target=None, **kwargs) -> list[float | None]:
+    """TRL `reward_funcs`: one reward a completion; `numbers` and `target`, if any, are columns of the dataset. None leaves a row out."""
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    scores = [score("game24", text, {"numbers": hand}) for text, hand in zip(texts, numbers, strict=True)]
+    rows = zip(texts, numbers, target or [24] * len(texts), strict=True)
+    scores = [score("game24", text, {"numbers": hand, "target": goal}) for text, hand, goal in rows]
     return [s and s["reward"] for s in scores]
 
 

@@ -215,6 +215,7 @@ def load_model(path: str, trainable: bool):
     if cuda:
         options["device_map"] = {"": 0}
     else:
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")      # a kernel for every new shape would fill a gigabyte
         options["attn_implementation"] = "eager"     # the fused attention of a CPU is slower at the lengths that a CPU can train
     config = Path(path, "tokenizer_config.json")
     # AutoTokenizer gives every Qwen2 the tokenizer of Qwen2, also where the folder names another: the word tokenizer of MODEL=tiny

@@ -630,6 +630,12 @@ def test_trl_leaves_out_bad_rows():
     assert reward.game24(["p"] * 4, [TRL[2]] * 4, [A, [4, 5, 6], None, "4 5 6 10"]) == [0, None, None, None]
 
 
+def test_trl_target_column():
+    text = "<think>\n4 5 6 10 | 4 + 5 = 9\n9 6 10 | 9 + 6 = 15\n15 10 | 15 + 10 = 25\n</think>\n<answer> 4 + 5 + 6 + 10 </answer>"
+    right, wrong = reward.game24(["p"] * 2, [text] * 2, [A] * 2, target=[25, 24])
+    assert right == pytest.approx(1) and wrong < 0.5
+
+
 @pytest.mark.parametrize("truth", [A, tuple(A), json.dumps(A), {"numbers": A}, json.dumps({"numbers": A, "id": "x"})], ids=repr)
 def test_verl_signature(truth):
     for text in TRL:
