@@ -45,8 +45,8 @@ TEST_HANDS = 272             # a fifth
 TRACES_PER_HAND = 128        # for SFT; equal traces are written once
 MAX_TRACE_TOKENS = 250       # words of a completion: below MAX_NEW_TOKENS of the tiny model; a longer trace is drawn again
 LARGEST = 200                # results above it are tried only where a solution needs them
-TRY_RIGHT = 0.5              # chance that the search, in its order, tries a step after which the target can be made ...
-TRY_WRONG = 0.35             # ... and one after which it cannot
+TRY_RIGHT = 0.4              # chance that the search, in its order, tries a step after which the target can be made ...
+TRY_WRONG = 0.45             # ... and one after which it cannot
 SLIP = 0.05                  # chance that a right first step is followed by a wrong second one
 ENTER = 0.2                  # chance that a second step is tried where none can lead to the target, before going back
 
