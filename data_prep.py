@@ -43,7 +43,7 @@ VAL_HANDS = 136              # a tenth of the 1,362 solvable hands
 TEST_HANDS = 272             # a fifth
 # Traces
 TRACES_PER_HAND = 128        # for SFT; equal traces are written once
-MAX_TRACE_TOKENS = 250       # words of a completion: below MAX_NEW_TOKENS of the tiny model; a longer trace is drawn again
+MAX_TRACE_TOKENS = 250       # words of a completion, a longer one is drawn again; a twentieth is above the tiny model's limit in grpo.py
 LARGEST = 200                # results above it are tried only where a solution needs them
 TRY_RIGHT = 0.4              # chance that the search, in its order, tries a step after which the target can be made ...
 TRY_WRONG = 0.45             # ... and one after which it cannot

@@ -85,8 +85,8 @@ SAMPLES_EVERY = 10           # steps between sample completions in samples.jsonl
 SAVE_EVERY = 50              # steps between checkpoints step-N
 KEEP_LAST = 2                # checkpoints kept
 # What a policy that began as MODEL=tiny has instead, where the command line does not say otherwise
-TINY = {"LOAD_4BIT": 0, "LORA_RANK": 0, "GRADIENT_CHECKPOINTING": 0, "OPTIMIZER_8BIT": 0, "MAX_NEW_TOKENS": 256, "PROMPTS_PER_STEP": 32, "TOP_P": 1.0,
-        "LR": 2e-4, "STEPS": 100, "ROLLOUT_ROWS": 272, "EVAL_EVERY": 10, "EVAL_SAMPLES": 4}
+TINY = {"LOAD_4BIT": 0, "LORA_RANK": 0, "GRADIENT_CHECKPOINTING": 0, "OPTIMIZER_8BIT": 0, "MAX_NEW_TOKENS": 208, "PROMPTS_PER_STEP": 32, "TOP_P": 1.0,
+        "LR": 2e-4, "STEPS": 100, "ROLLOUT_ROWS": 272, "EVAL_EVERY": 10, "EVAL_SAMPLES": 4, "PATIENCE": 6}
 
 SHOWN = ("reward", "reward_std", "accuracy", "unfinished", "wrong", "tokens", "kl", "entropy", "clip_fraction", "grad_norm", "rollout_tokens_per_s",
          "update_tokens_per_s", "val_accuracy", "val_unfinished", "val_tokens")      # of the log, on the screen
