@@ -13,20 +13,27 @@ RUN = .venv/bin/python
 names = $(shell sed -n 's/^\([A-Z][A-Z0-9_, ]*\) = ["0-9.-].*/\1/p' $(1).py reward.py | tr -d ' ' | tr ',' '\n' | sort -u)
 $(foreach s,$(SCRIPTS),$(eval NAMES_$(s) := $(call names,$(s))))
 given = $(foreach v,$(1),$(if $(filter command,$(firstword $(origin $(v)))),$(v)))
-# From make, STEPS and LR are those of grpo.py; sft.py has SFT_STEPS and SFT_LR.
+# From make these are constants of grpo.py; sft.py has SFT_STEPS, SFT_LR and so on.
+SHARED = STEPS LR WARMUP MIN_LR WEIGHT_DECAY EVAL_EVERY
 flag = --$(shell echo $(1) | tr A-Z a-z)='$($(2))'
 flags = $(foreach v,$(call given,$(filter-out $(2),$(NAMES_$(1)))),$(call flag,$(v),$(v)))
-FLAGS_data_prep = $(call flags,data_prep)
-FLAGS_sft = $(call flags,sft,STEPS LR) $(foreach v,$(call given,SFT_STEPS SFT_LR),$(call flag,$(v:SFT_%=%),$(v)))
-FLAGS_grpo = $(call flags,grpo)
-FLAGS_eval = $(call flags,eval)
+# RESUME=0 reaches the stages that are asked for, not what they are built on.
+again = $(if $(filter train $(1),$(MAKECMDGOALS)),,RESUME)
+FLAGS_data_prep = $(call flags,data_prep,$(call again,data))
+FLAGS_sft = $(call flags,sft,$(SHARED) $(call again,sft)) $(foreach v,$(call given,$(SHARED:%=SFT_%)),$(call flag,$(v:SFT_%=%),$(v)))
+FLAGS_grpo = $(call flags,grpo,$(call again,grpo))
+FLAGS_eval = $(call flags,eval,$(call again,eval))
 
-KNOWN = $(sort $(foreach s,$(SCRIPTS),$(NAMES_$(s))) SFT_STEPS SFT_LR Q PYTHON DATA SFT OUT TASK)
+KNOWN = $(sort $(foreach s,$(SCRIPTS),$(NAMES_$(s))) $(SHARED:%=SFT_%) Q PYTHON DATA SFT OUT TASK)
 GIVEN = $(foreach v,$(filter-out MAKE% -%,$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(v)))),$(v)))
 UNKNOWN = $(filter-out $(KNOWN),$(GIVEN))
 ifneq ($(UNKNOWN),)
 NEAREST := $(shell python3 -c "import difflib, sys; print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], 3, 0.5))" $(firstword $(UNKNOWN)) $(KNOWN))
 $(error no script has a constant $(firstword $(UNKNOWN)); nearest: $(or $(NEAREST),none, see make help))
+endif
+
+ifneq ($(word 2,$(OUT) $(DATA) x)$(word 3,$(OUT) $(DATA)),$(DATA))
+$(error OUT and DATA must be paths without spaces)
 endif
 
 .PHONY: help train data sft grpo eval plots ask export test lint clean FORCE

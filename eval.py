@@ -55,7 +55,7 @@ SAMPLES = 4                  # sampled completions of a hand, beside the greedy 
 TEMPERATURE = 0.7
 TOP_P = 0.9
 MAX_NEW_TOKENS = 1024
-BATCH_TOKENS = 131072        # tokens of a batch at most: lower it when memory runs out
+EVAL_BATCH_TOKENS = 131072   # tokens of a batch at most: lower it when memory runs out
 BOOTSTRAP = 2000             # resamples of an interval
 # What policies that began as MODEL=tiny have instead: fp32 gives the same numbers whatever the batch
 TINY = {"LOAD_4BIT": 0, "BF16": 0, "MAX_NEW_TOKENS": 208}
@@ -105,12 +105,15 @@ def start_run(folder: Path, constants: dict, inputs: list[Path], device: str) ->
     Exits with 0 where the folder holds the finished run of the same constants and inputs, and with the difference and the two ways
     out where it holds another one. A run that was cut off is begun again.
     """
-    free = ("OUT", "DATA", "SFT", "RESUME", "THREADS")          # say where and how fast, not what
-    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs}
+    # they say where and how fast, not what
+    free = ("OUT", "DATA", "SFT", "RESUME", "THREADS", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS", "HEAD_CHUNK", "GRADIENT_CHECKPOINTING")
+    sources = [Path(__file__).resolve(), Path(reward.__file__).resolve()]
+    hashes = {f"{path.parent.name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs}
+    hashes |= {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sources}
     header = {"constants": constants, "inputs": hashes, "device": device,
               "python": platform.python_version(), "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}}
     run = folder / "run.json"
-    if folder.is_dir() and any(folder.iterdir()) and not run.is_file():
+    if folder.is_dir() and any(path.suffix != ".png" for path in folder.iterdir()) and not run.is_file():
         sys.exit(f"{folder} holds files that are not of a run: choose another OUT=")
     if (folder / "summary.json").is_file() and RESUME:
         old = json.loads(run.read_text(encoding="utf-8"))
@@ -122,6 +125,8 @@ def start_run(folder: Path, constants: dict, inputs: list[Path], device: str) ->
         (folder / "summary.json").touch()
         print(f"{folder} is complete: nothing to do")
         sys.exit(0)
+    if run.is_file() and not (folder / "summary.json").is_file():
+        print(f"{folder}: a run that was cut off is begun again")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     run.write_text(json.dumps(header, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -390,10 +395,10 @@ def test_rows(data: Path) -> list[dict]:
 
 
 def complete(model, tokenizer, rows: list[dict], temperature: float, samples: int, name: str) -> list[dict]:
-    """Completions of every row with their scores, in the order of the rows, in batches of BATCH_TOKENS."""
+    """Completions of every row with their scores, in the order of the rows, in batches of EVAL_BATCH_TOKENS."""
     eos_ids = end_ids(model, tokenizer)
     prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows for _ in range(samples)]
-    batch = max(1, BATCH_TOKENS // (max(map(len, prompts)) + MAX_NEW_TOKENS))
+    batch = max(1, EVAL_BATCH_TOKENS // (max(map(len, prompts)) + MAX_NEW_TOKENS))
     generator, made = torch.Generator().manual_seed(SEED), []
     for start in tqdm(range(0, len(prompts), batch), desc=name, unit="batch", dynamic_ncols=True):
         with autocast():
@@ -547,13 +552,19 @@ def main() -> None:
     root = Path(OUT or f"runs/{TASK}")
     folder, data, log = root / "eval", Path(DATA or root / "data"), read_log(root / "grpo/log.jsonl")
     torch.set_num_threads(THREADS or os.cpu_count())
+    if (ASK or HANDS) and TASK != "game24":
+        sys.exit(f"ASK= and HANDS= are for TASK=game24, not {TASK}")
     if ASK:
         return ask(ASK)
     if EXPORT:
         return export(list(policies().values())[-1], Path(EXPORT))
     if PLOTS_ONLY:
+        if not log:
+            sys.exit(f"{root / 'grpo/log.jsonl'} is missing or empty: run `make grpo`")
         folder.mkdir(parents=True, exist_ok=True)
-        return print(*(folder / name for name in draw(folder, log, {})), sep="\n")
+        made = {path.stem: read_log(path) for path in sorted(folder.glob("*.jsonl"), reverse=True)}
+        sampled = {name: rows[len(rows) // (SAMPLES + 1):] for name, rows in made.items()}         # the greedy completions come first
+        return print(*(folder / name for name in draw(folder, log, sampled)), sep="\n")
     places, rows = policies(), test_rows(data)
     weights = [file for place in places.values() for file in sorted(Path(place).glob("*.safetensors"))]
     start_run(folder, constants, [*weights, *([Path(HANDS)] if HANDS else [data / f"{SPLIT}.jsonl"])], device_name())

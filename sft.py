@@ -116,12 +116,15 @@ def start_run(folder: Path, constants: dict, inputs: list[Path], device: str) ->
     Exits with 0 where the folder holds the finished run of the same constants and inputs, and with the difference and the two ways
     out where it holds another one. A run that was cut off is begun again.
     """
-    free = ("OUT", "DATA", "SFT", "RESUME", "THREADS")          # say where and how fast, not what
-    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs}
+    # they say where and how fast, not what
+    free = ("OUT", "DATA", "SFT", "RESUME", "THREADS", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS", "HEAD_CHUNK", "GRADIENT_CHECKPOINTING")
+    sources = [Path(__file__).resolve(), Path(reward.__file__).resolve()]
+    hashes = {f"{path.parent.name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs}
+    hashes |= {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sources}
     header = {"constants": constants, "inputs": hashes, "device": device,
               "python": platform.python_version(), "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}}
     run = folder / "run.json"
-    if folder.is_dir() and any(folder.iterdir()) and not run.is_file():
+    if folder.is_dir() and any(path.suffix != ".png" for path in folder.iterdir()) and not run.is_file():
         sys.exit(f"{folder} holds files that are not of a run: choose another OUT=")
     if (folder / "summary.json").is_file() and RESUME:
         old = json.loads(run.read_text(encoding="utf-8"))
@@ -133,6 +136,8 @@ def start_run(folder: Path, constants: dict, inputs: list[Path], device: str) ->
         (folder / "summary.json").touch()
         print(f"{folder} is complete: nothing to do")
         sys.exit(0)
+    if run.is_file() and not (folder / "summary.json").is_file():
+        print(f"{folder}: a run that was cut off is begun again")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     run.write_text(json.dumps(header, indent=1, ensure_ascii=False), encoding="utf-8")

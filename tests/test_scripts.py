@@ -353,7 +353,7 @@ def test_resume_0_replaces_and_what_depends_on_it_says_so(run, root):
 
 
 def test_greedy_results_do_not_depend_on_the_batch_size(run, root, trained):
-    done(again(run, root / "eval", "eval", out=root, resume=0, batch_tokens=1))
+    done(again(run, root / "eval", "eval", out=root, resume=0, eval_batch_tokens=1))
     for name in ("sft", "grpo"):
         assert read(root / f"eval/{name}.jsonl")[:3] == read(trained / f"eval/{name}.jsonl")[:3]
 
