@@ -42,7 +42,7 @@ SMALL_DATA = {"LOWEST": 3, "HIGHEST": 5, "VAL_HANDS": 3, "TEST_HANDS": 3, "TRACE
 SMALL_SFT = {"BATCH_TOKENS": 512, "EVAL_ROWS": 3, "MAX_NEW_TOKENS": TOKENS}
 SMALL_GRPO = {"PROMPTS_PER_STEP": 4, "GROUP_SIZE": 12, "MAX_NEW_TOKENS": TOKENS, "TEMPERATURE": 1.2}      # so that rewards differ
 TRAIN = {**SMALL_DATA, **SMALL_SFT, **SMALL_GRPO, "MODEL": "tiny", "SFT_STEPS": 100, "SFT_LR": 0.003, "MUON_LR": 0.003, "STEPS": 3, "EVAL_EVERY": 100,
-         "SAMPLES": 2, "BOOTSTRAP": 100, "THREADS": 1}
+         "SFT_EVAL_EVERY": 100, "SAMPLES": 2, "BOOTSTRAP": 100, "THREADS": 1}
 
 SERVER = """
 import gc, json, os, runpy, signal, sys, traceback
@@ -227,10 +227,11 @@ def test_every_stage_is_complete_and_stores_what_it_ran(trained):
         header = load(trained / folder / "run.json")
         assert set(header["constants"]) == set(constants_of(script))
         assert {"torch", "transformers", "peft", "bitsandbytes"} <= set(header["versions"]) and header["device"] == "cpu"
-        given = {name: value for name, value in TRAIN.items() if name in header["constants"] and not (script == "sft" and name == "STEPS")}
+        given = {name: value for name, value in TRAIN.items() if name in header["constants"] and not (script == "sft" and f"SFT_{name}" in TRAIN)}
         assert {name: header["constants"][name] for name in given} == given
         assert (trained / folder / f"{script}.py").is_file() and (trained / folder / "reward.py").is_file()
-    assert load(trained / "sft/run.json")["constants"]["STEPS"] == TRAIN["SFT_STEPS"]
+    of_sft = {name[4:]: value for name, value in TRAIN.items() if name.startswith("SFT_")}
+    assert {name: load(trained / "sft/run.json")["constants"][name] for name in of_sft} == of_sft
     leftovers = [path for path in trained.rglob("*") if path.suffix == ".tmp" or path.name == "saving"]
     assert not leftovers
     assert "BETA = 0.01\n" in (trained.parent / "make.txt").read_text(encoding="utf-8")      # all constants are printed
