@@ -1,6 +1,6 @@
 """Makes the data of a task: runs/TASK/data/{train,val,test}.jsonl.
 
-    python data_prep.py                        # a minute on one core
+    python data_prep.py                        # half a minute on one core
     python data_prep.py --holdout=hands.txt    # these hands become the test split and are kept out of train and val
 
 game24: enumerates all hands of four numbers, solves them exactly, splits the solvable ones by hand and writes search traces
