@@ -12,6 +12,7 @@ at the four numbers says of three others that they are hopeless, and a model tha
 import argparse
 import csv
 import difflib
+import fcntl
 import hashlib
 import json
 import os
@@ -50,80 +51,10 @@ TRY_WRONG = 0.45             # ... and one after which it cannot
 SLIP = 0.05                  # chance that a right first step is followed by a wrong second one
 ENTER = 0.2                  # chance that a second step is tried where none can lead to the target, before going back
 
-
-def override_constants(argv: list[str], is_tiny=lambda given: False) -> dict:
-    """Sets the CAPS constants of this file and of reward.py from `--name=value`; returns all of them.
-
-    Exits with the nearest names where there is no such constant, and with the type where a value does not fit.
-    """
-    scopes = {name: scope for scope in (vars(reward), globals()) for name, value in list(scope.items())
-              if re.fullmatch("[A-Z][A-Z0-9_]*", name) and isinstance(value, (int, float, str))}
-    source = "\n".join(Path(module.__file__).read_text(encoding="utf-8") for module in (reward, sys.modules[__name__]))
-    comments = dict(re.findall(r"^([A-Z][A-Z0-9_]*) = [^#\n]*(?:# (.*))?$", source, re.MULTILINE))
-    tiny = globals().get("TINY", {})
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    for name, scope in scopes.items():
-        default = f"{scope[name]!r}" + (f", tiny: {tiny[name]!r}" if name in tiny else "")
-        parser.add_argument(f"--{name.lower()}", type=type(scope[name]), metavar=type(scope[name]).__name__,
-                            help=f"({default}) {comments.get(name, '')}".replace("%", "%%"), default=argparse.SUPPRESS)
-    known, unknown = parser.parse_known_args(argv)
-    for word in unknown:
-        name = word.split("=")[0].lstrip("-").upper()
-        near = [f"--{n.lower()}" for n in difflib.get_close_matches(name, scopes, 3, 0.5)]
-        parser.exit(2, f"{Path(__file__).name}: no constant {name}" + (f"; did you mean {' or '.join(near)}?\n" if near else "; see --help\n"))
-    given = {name.upper(): value for name, value in vars(known).items()}
-    for name, value in {**(tiny if is_tiny(given) else {}), **given}.items():
-        scopes[name][name] = value
-    if TASK not in reward.TASKS:
-        parser.exit(2, f"{Path(__file__).name}: unknown TASK {TASK!r}; there is {', '.join(reward.TASKS)}\n")
-    return {name: scope[name] for name, scope in scopes.items()}
-
-
-def start_run(folder: Path, constants: dict, inputs: list[Path], device: str) -> None:
-    """Stores source, constants, versions, device and hashes of the inputs in a run folder, and prints the constants.
-
-    Exits with 0 where the folder holds the finished run of the same constants and inputs, and with the difference and the two ways
-    out where it holds another one. A run that was cut off is begun again.
-    """
-    # they say where and how fast, not what
-    free = ("OUT", "DATA", "SFT", "RESUME", "THREADS", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS", "HEAD_CHUNK", "GRADIENT_CHECKPOINTING")
-    sources = [Path(__file__).resolve(), Path(reward.__file__).resolve()]
-    hashes = {f"{path.parent.name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs}
-    hashes |= {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sources}
-    header = {"constants": constants, "inputs": hashes, "device": device,
-              "python": platform.python_version(), "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}}
-    run = folder / "run.json"
-    if folder.is_dir() and any(path.suffix != ".png" for path in folder.iterdir()) and not run.is_file():
-        sys.exit(f"{folder} holds files that are not of a run: choose another OUT=")
-    if (folder / "summary.json").is_file() and RESUME:
-        old = json.loads(run.read_text(encoding="utf-8"))
-        then, now = ({**h["constants"], **h["inputs"]} for h in (old, header))
-        changed = [f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in {**then, **now}
-                   if then.get(name) != now.get(name) and name not in free]
-        if changed:
-            sys.exit(f"{folder} is a finished run of something else: {'; '.join(changed)}.\nOUT= another folder keeps it, RESUME=0 replaces it")
-        (folder / "summary.json").touch()
-        print(f"{folder} is complete: nothing to do")
-        sys.exit(0)
-    if run.is_file() and not (folder / "summary.json").is_file():
-        print(f"{folder}: a run that was cut off is begun again")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    run.write_text(json.dumps(header, indent=1, ensure_ascii=False), encoding="utf-8")
-    shutil.copy(__file__, folder)
-    shutil.copy(reward.__file__, folder)
-    print("\n".join(f"{name} = {value!r}" for name, value in constants.items()))
-
-
-def finish_run(folder: Path, summary: dict) -> None:
-    """Writes summary.json, whose presence says that the run is complete, and prints it as `name: value` lines."""
-    aside = folder / "summary.json.tmp"
-    aside.write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    os.replace(aside, folder / "summary.json")
-    print("\n".join(f"{name}: {value}" for name, value in summary.items()))
-
-
 Step = tuple[Fraction, str, Fraction, Fraction]      # a, operator, b, result
+
+
+# ---- the 24-point game ----------------------------------------------------------------------------------------------
 
 
 @cache
@@ -232,6 +163,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     aside = path.with_name(path.name + ".tmp")
     with open(aside, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    flush(aside)
     os.replace(aside, path)
 
 
@@ -291,8 +223,116 @@ def main() -> None:
     if not 1 <= LOWEST <= HIGHEST:
         sys.exit(f"numbers must be from 1 up: LOWEST={LOWEST}, HIGHEST={HIGHEST}")
     folder = Path(OUT or f"runs/{TASK}") / "data"
-    start_run(folder, constants, [Path(HOLDOUT)] if HOLDOUT else [], "cpu")
+    start_run(folder, constants, {"HOLDOUT": sha256(Path(HOLDOUT))} if HOLDOUT else {}, "cpu")       # what was cut off is made again
     finish_run(folder, recipes[TASK](folder))
+
+
+# ---- plumbing: constants, folder and data of a run ------------------------------------------------------------------
+
+
+def override_constants(argv: list[str], is_tiny=lambda given: False) -> dict:
+    """Sets the CAPS constants of this file and of reward.py from `--name=value`; returns all of them.
+
+    Exits with the nearest names where there is no such constant, and with the type where a value does not fit.
+    """
+    scopes = {name: scope for scope in (vars(reward), globals()) for name, value in list(scope.items())
+              if re.fullmatch("[A-Z][A-Z0-9_]*", name) and isinstance(value, (int, float, str))}
+    source = "\n".join(Path(module.__file__).read_text(encoding="utf-8") for module in (reward, sys.modules[__name__]))
+    comments = dict(re.findall(r"^([A-Z][A-Z0-9_]*) = [^#\n]*(?:# (.*))?$", source, re.MULTILINE))
+    tiny = globals().get("TINY", {})
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for name, scope in scopes.items():
+        default = f"{scope[name]!r}" + (f", tiny: {tiny[name]!r}" if name in tiny else "")
+        parser.add_argument(f"--{name.lower()}", type=type(scope[name]), metavar=type(scope[name]).__name__,
+                            help=f"({default}) {comments.get(name, '')}".replace("%", "%%"), default=argparse.SUPPRESS)
+    known, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        name = word.split("=")[0].lstrip("-").upper()
+        near = [f"--{n.lower()}" for n in difflib.get_close_matches(name, scopes, 3, 0.5)]
+        parser.exit(2, f"{Path(__file__).name}: no constant {name}" + (f"; did you mean {' or '.join(near)}?\n" if near else "; see --help\n"))
+    given = {name.upper(): value for name, value in vars(known).items()}
+    for name, value in {**(tiny if is_tiny(given) else {}), **given}.items():
+        scopes[name][name] = value
+    if TASK not in reward.TASKS:
+        parser.exit(2, f"{Path(__file__).name}: unknown TASK {TASK!r}; there is {', '.join(reward.TASKS)}\n")
+    return {name: scope[name] for name, scope in scopes.items()}
+
+
+def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str) -> bool:
+    """Takes the run folder for this process alone; returns whether it holds a run that was cut off and can go on.
+
+    A new run stores source, constants, versions, device and hashes of the inputs, and prints the constants. Exits with 0 where the
+    folder holds the finished run of the same constants and inputs; with the difference and the two ways out where it holds another
+    one; and where another process works in it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder.parent / f".{folder.name}.lock", os.O_RDWR | os.O_CREAT)      # never closed: it is held until the process ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"{folder}: another process works in it. Wait for its end, or set OUT= to another folder")
+    # they say where and how fast, not what
+    free = ("OUT", "DATA", "SFT", "RESUME", "STRICT", "THREADS", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS", "HEAD_CHUNK", "GRADIENT_CHECKPOINTING",
+            "SAVE_EVERY", "KEEP_LAST")
+    sources = [Path(__file__).resolve(), Path(reward.__file__).resolve()]
+    header = {"constants": constants, "inputs": inputs | {path.name: sha256(path) for path in sources}, "device": device,
+              "python": platform.python_version(), "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}}
+    run, finished = folder / "run.json", (folder / "summary.json").is_file()
+    if folder.is_dir() and any(path.suffix != ".png" for path in folder.iterdir()) and not run.is_file():
+        sys.exit(f"{folder} holds files that are not of a run: choose another OUT=")
+    if RESUME and (finished or any(folder.glob("*.jsonl"))):
+        try:
+            old = json.loads(run.read_text(encoding="utf-8"))
+        except ValueError as error:
+            sys.exit(f"{run} is damaged: {error}.\nOUT= another folder keeps the run, RESUME=0 replaces it")
+        then, now = ({**h["constants"], **h["inputs"]} for h in (old, header))
+        changed = [f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in {**then, **now}
+                   if then.get(name) != now.get(name) and name not in free]
+        if changed:
+            sys.exit(f"{folder} is {'a finished' if finished else 'an unfinished'} run of something else: {'; '.join(changed)}.\n"
+                     "OUT= another folder keeps it, RESUME=0 replaces it")
+        if finished:
+            (folder / "summary.json").touch()
+            print(f"{folder} is complete: nothing to do")
+            sys.exit(0)
+        return True
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_json(run, header)
+    for source in sources:
+        shutil.copy(source, folder)
+    print("\n".join(f"{name} = {value!r}" for name, value in constants.items()))
+    return False
+
+
+def finish_run(folder: Path, summary: dict) -> None:
+    """Writes summary.json, whose presence says that the run is complete, and prints it as `name: value` lines."""
+    write_json(folder / "summary.json", summary)
+    print("\n".join(f"{name}: {value}" for name, value in summary.items()))
+
+
+def write_json(path: Path, value) -> None:
+    """Writes a file aside, flushes it to the disk, and renames it into place: it is never half written."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+    flush(aside)
+    os.replace(aside, path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ hands, because the samples of one hand are not independent.
 
 import argparse
 import difflib
+import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,7 +39,8 @@ POLICIES = ""                # name=folder-or-hub-model,name=...; empty: sft=SFT
 REVISION = ""                # commit, tag or branch of a hub model; empty: the default branch
 SPLIT = "test"               # test or val
 HANDS = ""                   # file of hands, one a line, instead of the split
-RESUME = 1                   # 0: start anew where a finished run of other constants is
+RESUME = 1                   # 0: start anew where an evaluation is, finished or cut off
+STRICT = 1                   # 0: bad rows of the data are skipped and counted, not refused
 SEED = 0
 THREADS = 0                  # CPU threads; 0: one for each core
 # Instead of an evaluation
@@ -61,184 +64,7 @@ BOOTSTRAP = 2000             # resamples of an interval
 TINY = {"LOAD_4BIT": 0, "BF16": 0, "MAX_NEW_TOKENS": 208}
 
 
-def is_tiny(given: dict) -> bool:
-    """Whether the TINY constants hold: the first policy, or the run, began as MODEL=tiny."""
-    root = given.get("OUT", OUT) or f"runs/{given.get('TASK', TASK)}"
-    first = (given.get("POLICIES", POLICIES) or "sft=").split(",")[0].split("=", 1)[-1] or given.get("SFT", SFT) or f"{root}/sft"
-    run = Path(first, "run.json")
-    constants = json.loads(run.read_text(encoding="utf-8"))["constants"] if run.is_file() else {}
-    return constants.get("MODEL") == "tiny" or ("MODEL" not in constants and Path(root, "sft/run.json").is_file()
-                                                and '"MODEL": "tiny"' in Path(root, "sft/run.json").read_text(encoding="utf-8"))
-
-
-def override_constants(argv: list[str], is_tiny=lambda given: False) -> dict:
-    """Sets the CAPS constants of this file and of reward.py from `--name=value`; returns all of them.
-
-    Exits with the nearest names where there is no such constant, and with the type where a value does not fit.
-    """
-    scopes = {name: scope for scope in (vars(reward), globals()) for name, value in list(scope.items())
-              if re.fullmatch("[A-Z][A-Z0-9_]*", name) and isinstance(value, (int, float, str))}
-    source = "\n".join(Path(module.__file__).read_text(encoding="utf-8") for module in (reward, sys.modules[__name__]))
-    comments = dict(re.findall(r"^([A-Z][A-Z0-9_]*) = [^#\n]*(?:# (.*))?$", source, re.MULTILINE))
-    tiny = globals().get("TINY", {})
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    for name, scope in scopes.items():
-        default = f"{scope[name]!r}" + (f", tiny: {tiny[name]!r}" if name in tiny else "")
-        parser.add_argument(f"--{name.lower()}", type=type(scope[name]), metavar=type(scope[name]).__name__,
-                            help=f"({default}) {comments.get(name, '')}".replace("%", "%%"), default=argparse.SUPPRESS)
-    known, unknown = parser.parse_known_args(argv)
-    for word in unknown:
-        name = word.split("=")[0].lstrip("-").upper()
-        near = [f"--{n.lower()}" for n in difflib.get_close_matches(name, scopes, 3, 0.5)]
-        parser.exit(2, f"{Path(__file__).name}: no constant {name}" + (f"; did you mean {' or '.join(near)}?\n" if near else "; see --help\n"))
-    given = {name.upper(): value for name, value in vars(known).items()}
-    for name, value in {**(tiny if is_tiny(given) else {}), **given}.items():
-        scopes[name][name] = value
-    if TASK not in reward.TASKS:
-        parser.exit(2, f"{Path(__file__).name}: unknown TASK {TASK!r}; there is {', '.join(reward.TASKS)}\n")
-    return {name: scope[name] for name, scope in scopes.items()}
-
-
-def start_run(folder: Path, constants: dict, inputs: list[Path], device: str) -> None:
-    """Stores source, constants, versions, device and hashes of the inputs in a run folder, and prints the constants.
-
-    Exits with 0 where the folder holds the finished run of the same constants and inputs, and with the difference and the two ways
-    out where it holds another one. A run that was cut off is begun again.
-    """
-    # they say where and how fast, not what
-    free = ("OUT", "DATA", "SFT", "RESUME", "THREADS", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS", "HEAD_CHUNK", "GRADIENT_CHECKPOINTING")
-    sources = [Path(__file__).resolve(), Path(reward.__file__).resolve()]
-    hashes = {f"{path.parent.name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs}
-    hashes |= {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sources}
-    header = {"constants": constants, "inputs": hashes, "device": device,
-              "python": platform.python_version(), "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}}
-    run = folder / "run.json"
-    if folder.is_dir() and any(path.suffix != ".png" for path in folder.iterdir()) and not run.is_file():
-        sys.exit(f"{folder} holds files that are not of a run: choose another OUT=")
-    if (folder / "summary.json").is_file() and RESUME:
-        old = json.loads(run.read_text(encoding="utf-8"))
-        then, now = ({**h["constants"], **h["inputs"]} for h in (old, header))
-        changed = [f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in {**then, **now}
-                   if then.get(name) != now.get(name) and name not in free]
-        if changed:
-            sys.exit(f"{folder} is a finished run of something else: {'; '.join(changed)}.\nOUT= another folder keeps it, RESUME=0 replaces it")
-        (folder / "summary.json").touch()
-        print(f"{folder} is complete: nothing to do")
-        sys.exit(0)
-    if run.is_file() and not (folder / "summary.json").is_file():
-        print(f"{folder}: a run that was cut off is begun again")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    run.write_text(json.dumps(header, indent=1, ensure_ascii=False), encoding="utf-8")
-    shutil.copy(__file__, folder)
-    shutil.copy(reward.__file__, folder)
-    print("\n".join(f"{name} = {value!r}" for name, value in constants.items()))
-
-
-def finish_run(folder: Path, summary: dict) -> None:
-    """Writes summary.json, whose presence says that the run is complete, and prints it as `name: value` lines."""
-    aside = folder / "summary.json.tmp"
-    aside.write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    os.replace(aside, folder / "summary.json")
-    print("\n".join(f"{name}: {value}" for name, value in summary.items()))
-
-
-def read_rows(path: Path, needs: tuple[str, ...]) -> list[dict]:
-    """Rows of a jsonl file, each with the named text fields. Exits with file, line and reason at the first bad row."""
-    if not path.is_file():
-        sys.exit(f"{path} is missing: run `make data` (or set DATA= to a folder that has it)")
-    rows = []
-    with open(path, "rb") as file:          # bytes, so that a line that is not UTF-8 is named too
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-                if not isinstance(row, dict):
-                    raise ValueError(f"an object is expected, not {type(row).__name__}")
-                for name in needs:
-                    if not isinstance(row.get(name), str) or not row[name]:
-                        raise ValueError(f"{name!r} must be a text, not {row.get(name)!r}")
-                reward.check_row(TASK, row)
-            except ValueError as error:
-                sys.exit(f"{path}:{number}: {error}")
-            rows.append(row)
-    if not rows:
-        sys.exit(f"{path} is empty: run `make data`")
-    return rows
-
-
-def encode_prompt(tokenizer, prompt: str) -> list[int]:
-    """Token ids of a prompt, in the model's chat template where it has one."""
-    if tokenizer.chat_template is None:
-        return tokenizer(prompt + "\n", add_special_tokens=False).input_ids
-    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
-    text = re.sub(r"<think>\n$", "", text)       # DeepSeek-R1's template opens the reasoning; our completions do it themselves
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def load_model(path: str, trainable: bool):
-    """Model and tokenizer of a policy folder, any local folder or a hub name; 4-bit, with a LoRA adapter, or neither.
-
-    A folder with an adapter needs its base too, and the adapter never fails to load silently. Exits with what to do where a hub
-    model cannot be reached.
-    """
-    from peft import LoraConfig, PeftModel, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
-
-    cuda = torch.cuda.is_available()
-    adapter = Path(path, "adapter_config.json")
-    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else path
-    if trainable and LOAD_4BIT and not LORA_RANK and not adapter.is_file():
-        sys.exit("LORA_RANK=0 trains all weights, which LOAD_4BIT=1 does not allow: set LOAD_4BIT=0 or LORA_RANK above 0")
-    options = {"dtype": torch.bfloat16 if cuda and (LORA_RANK or not trainable) else torch.float32, "use_safetensors": True}
-    if LOAD_4BIT:
-        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                                            bnb_4bit_compute_dtype=torch.bfloat16 if bf16_works() else torch.float32)
-    if cuda:
-        options["device_map"] = {"": 0}
-    else:
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")      # a kernel for every new shape would fill a gigabyte
-        options["attn_implementation"] = "eager"     # the fused attention of a CPU is slower at the lengths that a CPU can train
-    config = Path(path, "tokenizer_config.json")
-    # AutoTokenizer gives every Qwen2 the tokenizer of Qwen2, also where the folder names another: the word tokenizer of MODEL=tiny
-    own = config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") == "TokenizersBackend"
-    try:
-        tokenizer = (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(path if config.is_file() else base, revision=REVISION or None)
-        model = AutoModelForCausalLM.from_pretrained(base, revision=REVISION or None, **options)
-    except OSError as error:
-        sys.exit(f"cannot load the model {base!r}: {str(error).splitlines()[0]}\nUse MODEL=tiny, which needs no download, or the path of "
-                 "a folder that holds config.json, model.safetensors and the tokenizer")
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False     # its first forward in eval mode would repack the weights, without a gradient
-    if adapter.is_file():
-        model = PeftModel.from_pretrained(model, path, is_trainable=trainable)
-    elif trainable and LORA_RANK:
-        model = get_peft_model(model, LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=0.0, target_modules="all-linear",
-                                                 task_type="CAUSAL_LM"))
-    if trainable and GRADIENT_CHECKPOINTING:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model, tokenizer
-
-
-def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
-def bf16_works() -> bool:
-    """Whether BF16 is wanted and the processor has fast bf16 matrix products."""
-    return bool(BF16) and (torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def autocast():
-    """bf16 matrix products with fp32 weights, where they are fast."""
-    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=bf16_works())
-
-
-def end_ids(model, tokenizer) -> list[int]:
-    """All ids that end a completion: the tokenizer's and those of the model's generation config (Qwen3 has two)."""
-    configured = model.generation_config.eos_token_id
-    configured = configured if isinstance(configured, list) else [configured]
-    return list(dict.fromkeys(i for i in [tokenizer.eos_token_id, *configured] if i is not None))
+# ---- rollout --------------------------------------------------------------------------------------------------------
 
 
 class KVCache:
@@ -288,7 +114,7 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_
         mass = top.cumsum(-1)
         if count == probs.shape[-1] or bool((mass[:, -1] >= top_p).all()):
             break
-    allowed = (mass - top < top_p).sum(-1, keepdim=True)
+    allowed = (mass - top < top_p).sum(-1, keepdim=True).clamp(min=1)       # NaN logits: any token, the loss will be NaN and say so
     total = mass.gather(1, allowed - 1)
     choice = torch.searchsorted(mass, uniform[:, None] * total, right=True).minimum(allowed - 1)
     return tokens.gather(1, choice).flatten(), total.flatten()
@@ -349,6 +175,9 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
     return [row[:length] for row, length in zip(completions.tolist(), lengths.tolist())]
 
 
+# ---- evaluation -----------------------------------------------------------------------------------------------------
+
+
 def policies() -> dict[str, str]:
     """Names and places of the policies. Exits where a folder of the run is missing."""
     root = OUT or f"runs/{TASK}"
@@ -360,11 +189,6 @@ def policies() -> dict[str, str]:
         if (name == "grpo" or not SFT) and not Path(place, "tokenizer_config.json").is_file():
             sys.exit(f"{place} holds no policy: run `make {name}`, or set POLICIES=name=folder")
     return found
-
-
-def hand_of(row: dict) -> tuple:
-    """What must not be in both training and test: the hand in any order, else the prompt."""
-    return tuple(sorted(row["numbers"])) if TASK == "game24" else (row["prompt"],)
 
 
 def test_rows(data: Path) -> list[dict]:
@@ -386,50 +210,59 @@ def test_rows(data: Path) -> list[dict]:
     if not rows:
         sys.exit(f"{HANDS or data} holds no row to evaluate")
     if (data / "train.jsonl").is_file():
-        seen = {hand_of(row) for row in read_rows(data / "train.jsonl", ("prompt",))}
-        shared = [hand_of(row) for row in rows if hand_of(row) in seen]
-        if shared:
-            sys.exit(f"{len(shared)} of {len(rows)} test rows are in {data / 'train.jsonl'}, the first is {shared[0]}: such a result says "
-                     "nothing. Make data that holds them out (make data HOLDOUT=file)")
+        rows = held_out(read_rows(data / "train.jsonl", ("prompt",)), rows, Path(HANDS or data / f"{SPLIT}.jsonl"))
     return rows
 
 
-def complete(model, tokenizer, rows: list[dict], temperature: float, samples: int, name: str) -> list[dict]:
-    """Completions of every row with their scores, in the order of the rows, in batches of EVAL_BATCH_TOKENS."""
-    eos_ids = end_ids(model, tokenizer)
-    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows for _ in range(samples)]
+def complete(model, tokenizer, rows: list[dict], file: Path, name: str) -> list[dict]:
+    """Completions with their scores: a greedy one for each row, then SAMPLES sampled ones for each.
+
+    They are written after each batch of EVAL_BATCH_TOKENS, and a batch has random numbers of its own: an evaluation that was cut off
+    goes on with what the file holds.
+    """
+    eos_ids, prompts = end_ids(model, tokenizer), [encode_prompt(tokenizer, row["prompt"]) for row in rows]
     batch = max(1, EVAL_BATCH_TOKENS // (max(map(len, prompts)) + MAX_NEW_TOKENS))
-    generator, made = torch.Generator().manual_seed(SEED), []
-    for start in tqdm(range(0, len(prompts), batch), desc=name, unit="batch", dynamic_ncols=True):
+    jobs = list(range(len(rows))) + [index for index in range(len(rows)) for _ in range(SAMPLES)]
+    spans = [(start, min(start + batch, stop)) for first, stop in ((0, len(rows)), (len(rows), len(jobs))) for start in range(first, stop, batch)]
+    made = read_log(file)
+    for start, stop in tqdm(spans, desc=name, unit="batch", dynamic_ncols=True):
+        if len(made) >= stop:
+            continue
         with autocast():
-            part = rollout(model, prompts[start:start + batch], max_new_tokens=MAX_NEW_TOKENS, temperature=temperature, top_p=TOP_P,
-                           eos_ids=eos_ids, generator=generator)
-        for index, ids in enumerate(part, start):
-            row, text = rows[index // samples], tokenizer.decode(ids, skip_special_tokens=True)
+            completions = rollout(model, [prompts[index] for index in jobs[start:stop]], max_new_tokens=MAX_NEW_TOKENS, top_p=TOP_P, eos_ids=eos_ids,
+                                  temperature=TEMPERATURE if start >= len(rows) else 0.0, generator=torch.Generator().manual_seed(SEED + start))
+        del made[start:]
+        for index, ids in zip(jobs[start:stop], completions):
+            row, text = rows[index], tokenizer.decode(ids, skip_special_tokens=True)
             scores = reward.score(TASK, text, row, truncated=ids[-1] not in eos_ids)
             made.append({"id": row.get("id"), "prompt": row["prompt"], "completion": text, "tokens": len(ids), **scores})
+        write_rows(file, made)
     return made
 
 
-def summarise(sampled: list[dict], greedy: list[dict], samples: int) -> dict:
-    """Rates, lengths and 95 % intervals of one policy; n completions over n / samples hands."""
-    right = numpy.array([c.get("correct", 0.0) for c in sampled]).reshape(-1, samples)
-    answered = numpy.array([c.get("answered", 1.0) for c in sampled])
-    tokens = numpy.array([c["tokens"] for c in sampled])
-    draws = numpy.random.default_rng(SEED).integers(0, len(right), (BOOTSTRAP, len(right)))
+def summarise(sampled: list[dict], greedy: list[dict]) -> dict:
+    """Means and 95 % intervals over hands of one policy's n completions; SAMPLES of each hand, and a greedy one."""
+    def of(name, completions=sampled):
+        return numpy.array([c[name] for c in completions]).reshape(len(greedy), -1)
 
-    def interval(values):
-        return [float(x) for x in numpy.percentile(values[draws].mean(1), [2.5, 97.5])]
+    values = {"accuracy": of("correct"), "unfinished": 1 - of("answered"), "wrong": of("answered") - of("correct"), "mean_tokens": of("tokens")}
+    values |= {name: of(name) for name in ("process", "lines", "reward") if name in sampled[0]}
+    values |= {f"pass@{SAMPLES}": of("correct").max(1, keepdims=True), "greedy_accuracy": of("correct", greedy),
+               "greedy_unfinished": 1 - of("answered", greedy)}
+    draws, summary = numpy.random.default_rng(SEED).integers(0, len(greedy), (BOOTSTRAP, len(greedy))), {}
+    for name, value in values.items():
+        summary[name] = float(value.mean())
+        summary[f"{name}_ci"] = [float(x) for x in numpy.percentile(value.mean(1)[draws].mean(1), [2.5, 97.5])]
+    return summary | {"median_tokens": float(numpy.median(of("tokens"))), "n": len(sampled), "hands": len(greedy)}
 
-    greedy_right = numpy.array([c.get("correct", 0.0) for c in greedy])
-    return {"accuracy": float(right.mean()), "accuracy_ci": interval(right.mean(1)), "unfinished": float(1 - answered.mean()),
-            "unfinished_ci": interval(1 - answered.reshape(-1, samples).mean(1)), "wrong": float(answered.mean() - right.mean()),
-            "mean_tokens": float(tokens.mean()), "mean_tokens_ci": interval(tokens.reshape(-1, samples).mean(1)),
-            "median_tokens": float(numpy.median(tokens)), "process": float(numpy.mean([c.get("process", 0.0) for c in sampled])),
-            "reward": float(numpy.mean([c["reward"] for c in sampled])), "lines": float(numpy.mean([c.get("lines", 0.0) for c in sampled])),
-            f"pass@{samples}": float(right.max(1).mean()), "greedy_accuracy": float(greedy_right.mean()),
-            "greedy_accuracy_ci": interval(greedy_right), "greedy_unfinished": float(1 - numpy.mean([c.get("answered", 1.0) for c in greedy])),
-            "n": int(right.size), "hands": len(right)}
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Writes a jsonl file: aside first, then renamed into place, so that it is never half written."""
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    flush(aside)
+    os.replace(aside, path)
 
 
 def read_log(path: Path) -> list[dict]:
@@ -482,16 +315,19 @@ def draw(folder: Path, log: list[dict], completions: dict[str, list[dict]]) -> l
 
 
 def table(metrics: dict[str, dict]) -> str:
-    """Markdown table of the policies."""
-    heads = ["", "accuracy (95 %)", "unfinished", "wrong", "mean tokens", "median", "steps right", "greedy accuracy (95 %)", "pass@k"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name, m in metrics.items():
-        (low, high), (greedy_low, greedy_high) = m["accuracy_ci"], m["greedy_accuracy_ci"]
-        pass_at = next(f"{value:.3f} (k={key[5:]})" for key, value in m.items() if key.startswith("pass@"))
-        lines.append(f"| {name} | {m['accuracy']:.3f} ({low:.3f}–{high:.3f}) | {m['unfinished']:.3f} | {m['wrong']:.3f} | {m['mean_tokens']:.1f} | "
-                     f"{m['median_tokens']:.0f} | {m['process']:.3f} | {m['greedy_accuracy']:.3f} ({greedy_low:.3f}–{greedy_high:.3f}) | {pass_at} |")
+    """Markdown table of the policies, with the 95 % interval of each mean."""
+    names = {"accuracy": "accuracy", "unfinished": "unfinished", "wrong": "wrong", "mean_tokens": "mean tokens", "process": "steps right",
+             "greedy_accuracy": "greedy accuracy", f"pass@{SAMPLES}": f"pass@{SAMPLES}"}
     first = next(iter(metrics.values()))
-    return "\n".join(lines) + f"\n\n{first['n']} completions over {first['hands']} rows for each policy, T {TEMPERATURE}, top-p {TOP_P}"
+    names = {name: head for name, head in names.items() if name in first}
+    lines = [f"| | {' | '.join(names.values())} |", "|---" * (len(names) + 1) + "|"]
+    for policy, m in metrics.items():
+        cells = ["{:.{digits}f} ({:.{digits}f}–{:.{digits}f})".format(m[name], *m[f"{name}_ci"], digits=1 if name == "mean_tokens" else 3)
+                 for name in names]
+        lines.append(f"| {policy} | {' | '.join(cells)} |")
+    note = (f"{first['n']} completions over {first['hands']} rows for each policy, T {TEMPERATURE}, top-p {TOP_P}; greedy: one for each row; in "
+            "brackets 95 % bootstrap intervals over rows")
+    return "\n".join(lines) + "\n\n" + note
 
 
 def ask(question: str) -> None:
@@ -518,18 +354,6 @@ def ask(question: str) -> None:
         print(f"--- {name}: {verdict}, {len(ids)} tokens, {scores['process']:.0%} of the steps right, reward {scores['reward']:.3f}")
 
 
-def save_policy(model, tokenizer, folder: Path) -> None:
-    """Writes a policy into a folder: all files aside first, then each renamed into place, so that none is ever half written."""
-    aside = folder / "saving"
-    shutil.rmtree(aside, ignore_errors=True)
-    options = {"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}
-    model.save_pretrained(aside, **options)
-    tokenizer.save_pretrained(aside)
-    for file in aside.iterdir():
-        os.replace(file, folder / file.name)
-    aside.rmdir()
-
-
 def export(place: str, folder: Path) -> None:
     """Writes a policy as a plain model of transformers. Exact: 4-bit weights are dequantised before the adapter is merged."""
     from peft import PeftModel
@@ -543,7 +367,8 @@ def export(place: str, folder: Path) -> None:
     if adapted:
         model = model.merge_and_unload()
     folder.mkdir(parents=True, exist_ok=True)
-    save_policy(model, tokenizer, folder)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     print(f"{folder}: reload it with AutoModelForCausalLM.from_pretrained({str(folder)!r})")
 
 
@@ -566,28 +391,325 @@ def main() -> None:
         sampled = {name: rows[len(rows) // (SAMPLES + 1):] for name, rows in made.items()}         # the greedy completions come first
         return print(*(folder / name for name in draw(folder, log, sampled)), sep="\n")
     places, rows = policies(), test_rows(data)
-    weights = [file for place in places.values() for file in sorted(Path(place).glob("*.safetensors"))]
-    start_run(folder, constants, [*weights, *([Path(HANDS)] if HANDS else [data / f"{SPLIT}.jsonl"])], device_name())
+    source = Path(HANDS or data / f"{SPLIT}.jsonl")
+    inputs = {source.name: sha256(source)} | {key: value for name, place in places.items() for key, value in fingerprint(name, place).items()}
+    start_run(folder, constants, inputs, device_name())
     metrics, sampled = {}, {}
     for name, place in places.items():
         began = time.time()
         model, tokenizer = load_model(place, trainable=False)
-        greedy = complete(model, tokenizer, rows, 0.0, 1, f"{name} greedy")
-        sampled[name] = complete(model, tokenizer, rows, TEMPERATURE, SAMPLES, f"{name} sampled")
-        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(completion, ensure_ascii=False) + "\n" for completion in greedy + sampled[name])
-        metrics[name] = {**summarise(sampled[name], greedy, SAMPLES), "seconds": time.time() - began}
+        made = complete(model, tokenizer, rows, folder / f"{name}.jsonl", name)
+        sampled[name] = made[len(rows):]
+        metrics[name] = {**summarise(sampled[name], made[:len(rows)]), "seconds": time.time() - began}
         del model
     figures = draw(folder, log, sampled)
     example = rows[0]["prompt"]
     samples = "\n\n".join(f"**{name}**, {example}\n\n```\n{made[0]['completion']}\n```" for name, made in sampled.items())
     images = "\n".join(f"![{name[:-4]}]({name})" for name in figures)
     (folder / "report.md").write_text(f"# {TASK}\n\n{table(metrics)}\n\n{images}\n\n{samples}\n", encoding="utf-8")
-    aside = folder / "metrics.json.tmp"
-    aside.write_text(json.dumps(metrics, indent=1), encoding="utf-8")
-    os.replace(aside, folder / "metrics.json")
+    write_json(folder / "metrics.json", metrics)
     print(table(metrics))
     finish_run(folder, {f"{name}_accuracy": m["accuracy"] for name, m in metrics.items()} | {"report": str(folder / "report.md")})
+
+
+# ---- plumbing, the same in every script that has it: model ----------------------------------------------------------
+
+
+def load_model(path: str, trainable: bool):
+    """Model and tokenizer of a policy folder, any local folder or a hub name; 4-bit, with a LoRA adapter, or neither.
+
+    A folder with an adapter needs its base too, and the adapter never fails to load silently. Exits with what to do where a hub
+    model cannot be reached.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
+
+    cuda = torch.cuda.is_available()
+    adapter = Path(path, "adapter_config.json")
+    if Path(path, "manifest.json").is_file() and damage(Path(path)):
+        sys.exit(f"the policy {path} is damaged: {damage(Path(path))}. Make it again, or take one of its step-N folders")
+    if adapter.is_file() and not Path(path, "adapter_model.safetensors").is_file():
+        sys.exit(f"{path} has no adapter_model.safetensors: the base alone is not this policy")
+    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else path
+    if trainable and LOAD_4BIT and not LORA_RANK and not adapter.is_file():
+        sys.exit("LORA_RANK=0 trains all weights, which LOAD_4BIT=1 does not allow: set LOAD_4BIT=0 or LORA_RANK above 0")
+    options = {"dtype": torch.bfloat16 if cuda and (LORA_RANK or not trainable) else torch.float32, "use_safetensors": True}
+    if LOAD_4BIT:
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                                            bnb_4bit_compute_dtype=torch.bfloat16 if bf16_works() else torch.float32)
+    if cuda:
+        options["device_map"] = {"": 0}
+    else:
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")      # a kernel for every new shape would fill a gigabyte
+        options["attn_implementation"] = "eager"     # the fused attention of a CPU is slower at the lengths that a CPU can train
+    config = Path(path, "tokenizer_config.json")
+    # AutoTokenizer gives every Qwen2 the tokenizer of Qwen2, also where the folder names another: the word tokenizer of MODEL=tiny
+    own = config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") == "TokenizersBackend"
+    try:
+        source = {"revision": REVISION or None, "trust_remote_code": False}
+        tokenizer = (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(path if config.is_file() else base, **source)
+        model, found = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **source, **options)
+    except (OSError, ValueError) as error:
+        sys.exit(f"cannot load the model {base!r}: {str(error).splitlines()[0]}\nUse MODEL=tiny, which needs no download, or the path of "
+                 "a folder that holds config.json, model.safetensors and the tokenizer")
+    if found["missing_keys"] or found["mismatched_keys"]:
+        sys.exit(f"the weights of {base!r} lack {', '.join(sorted(map(str, [*found['missing_keys'], *found['mismatched_keys']])))[:300]}: random "
+                 "ones would stand in for them")
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False     # its first forward in eval mode would repack the weights, without a gradient
+    if adapter.is_file():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")      # it would be the base in the policy's name
+            try:
+                model = PeftModel.from_pretrained(model, path, is_trainable=trainable)
+            except UserWarning as error:
+                sys.exit(f"the adapter {path} is not whole: {str(error)[:300]}")
+    elif trainable and LORA_RANK:
+        model = get_peft_model(model, LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=0.0, target_modules="all-linear",
+                                                 task_type="CAUSAL_LM"))
+    if trainable and GRADIENT_CHECKPOINTING:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model, tokenizer
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def bf16_works() -> bool:
+    """Whether BF16 is wanted and the processor has fast bf16 matrix products."""
+    return bool(BF16) and (torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def autocast():
+    """bf16 matrix products with fp32 weights, where they are fast."""
+    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=bf16_works())
+
+
+def end_ids(model, tokenizer) -> list[int]:
+    """All ids that end a completion: the tokenizer's and those of the model's generation config (Qwen3 has two)."""
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    return list(dict.fromkeys(i for i in [tokenizer.eos_token_id, *configured] if i is not None))
+
+
+def encode_prompt(tokenizer, prompt: str) -> list[int]:
+    """Token ids of a prompt, in the model's chat template where it has one."""
+    if tokenizer.chat_template is None:
+        return tokenizer(prompt + "\n", add_special_tokens=False).input_ids
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
+    text = re.sub(r"<think>\n$", "", text)       # DeepSeek-R1's template opens the reasoning; our completions do it themselves
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+# ---- plumbing: constants, folder and data of a run ------------------------------------------------------------------
+
+
+def override_constants(argv: list[str], is_tiny=lambda given: False) -> dict:
+    """Sets the CAPS constants of this file and of reward.py from `--name=value`; returns all of them.
+
+    Exits with the nearest names where there is no such constant, and with the type where a value does not fit.
+    """
+    scopes = {name: scope for scope in (vars(reward), globals()) for name, value in list(scope.items())
+              if re.fullmatch("[A-Z][A-Z0-9_]*", name) and isinstance(value, (int, float, str))}
+    source = "\n".join(Path(module.__file__).read_text(encoding="utf-8") for module in (reward, sys.modules[__name__]))
+    comments = dict(re.findall(r"^([A-Z][A-Z0-9_]*) = [^#\n]*(?:# (.*))?$", source, re.MULTILINE))
+    tiny = globals().get("TINY", {})
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for name, scope in scopes.items():
+        default = f"{scope[name]!r}" + (f", tiny: {tiny[name]!r}" if name in tiny else "")
+        parser.add_argument(f"--{name.lower()}", type=type(scope[name]), metavar=type(scope[name]).__name__,
+                            help=f"({default}) {comments.get(name, '')}".replace("%", "%%"), default=argparse.SUPPRESS)
+    known, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        name = word.split("=")[0].lstrip("-").upper()
+        near = [f"--{n.lower()}" for n in difflib.get_close_matches(name, scopes, 3, 0.5)]
+        parser.exit(2, f"{Path(__file__).name}: no constant {name}" + (f"; did you mean {' or '.join(near)}?\n" if near else "; see --help\n"))
+    given = {name.upper(): value for name, value in vars(known).items()}
+    for name, value in {**(tiny if is_tiny(given) else {}), **given}.items():
+        scopes[name][name] = value
+    if TASK not in reward.TASKS:
+        parser.exit(2, f"{Path(__file__).name}: unknown TASK {TASK!r}; there is {', '.join(reward.TASKS)}\n")
+    return {name: scope[name] for name, scope in scopes.items()}
+
+
+def is_tiny(given: dict) -> bool:
+    """Whether the TINY constants hold: the first policy, or the run, began as MODEL=tiny."""
+    root = given.get("OUT", OUT) or f"runs/{given.get('TASK', TASK)}"
+    first = (given.get("POLICIES", POLICIES) or "sft=").split(",")[0].split("=", 1)[-1] or given.get("SFT", SFT) or f"{root}/sft"
+    run = Path(first, "run.json")
+    constants = json.loads(run.read_text(encoding="utf-8"))["constants"] if run.is_file() else {}
+    return constants.get("MODEL") == "tiny" or ("MODEL" not in constants and Path(root, "sft/run.json").is_file()
+                                                and '"MODEL": "tiny"' in Path(root, "sft/run.json").read_text(encoding="utf-8"))
+
+
+def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str) -> bool:
+    """Takes the run folder for this process alone; returns whether it holds a run that was cut off and can go on.
+
+    A new run stores source, constants, versions, device and hashes of the inputs, and prints the constants. Exits with 0 where the
+    folder holds the finished run of the same constants and inputs; with the difference and the two ways out where it holds another
+    one; and where another process works in it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder.parent / f".{folder.name}.lock", os.O_RDWR | os.O_CREAT)      # never closed: it is held until the process ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"{folder}: another process works in it. Wait for its end, or set OUT= to another folder")
+    # they say where and how fast, not what
+    free = ("OUT", "DATA", "SFT", "RESUME", "STRICT", "THREADS", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS", "HEAD_CHUNK", "GRADIENT_CHECKPOINTING",
+            "SAVE_EVERY", "KEEP_LAST")
+    sources = [Path(__file__).resolve(), Path(reward.__file__).resolve()]
+    header = {"constants": constants, "inputs": inputs | {path.name: sha256(path) for path in sources}, "device": device,
+              "python": platform.python_version(), "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}}
+    run, finished = folder / "run.json", (folder / "summary.json").is_file()
+    if folder.is_dir() and any(path.suffix != ".png" for path in folder.iterdir()) and not run.is_file():
+        sys.exit(f"{folder} holds files that are not of a run: choose another OUT=")
+    if RESUME and (finished or any(folder.glob("*.jsonl"))):
+        try:
+            old = json.loads(run.read_text(encoding="utf-8"))
+        except ValueError as error:
+            sys.exit(f"{run} is damaged: {error}.\nOUT= another folder keeps the run, RESUME=0 replaces it")
+        then, now = ({**h["constants"], **h["inputs"]} for h in (old, header))
+        changed = [f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in {**then, **now}
+                   if then.get(name) != now.get(name) and name not in free]
+        if changed:
+            sys.exit(f"{folder} is {'a finished' if finished else 'an unfinished'} run of something else: {'; '.join(changed)}.\n"
+                     "OUT= another folder keeps it, RESUME=0 replaces it")
+        if finished:
+            (folder / "summary.json").touch()
+            print(f"{folder} is complete: nothing to do")
+            sys.exit(0)
+        return True
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_json(run, header)
+    for source in sources:
+        shutil.copy(source, folder)
+    print("\n".join(f"{name} = {value!r}" for name, value in constants.items()))
+    return False
+
+
+def finish_run(folder: Path, summary: dict) -> None:
+    """Writes summary.json, whose presence says that the run is complete, and prints it as `name: value` lines."""
+    write_json(folder / "summary.json", summary)
+    print("\n".join(f"{name}: {value}" for name, value in summary.items()))
+
+
+def write_json(path: Path, value) -> None:
+    """Writes a file aside, flushes it to the disk, and renames it into place: it is never half written."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+    flush(aside)
+    os.replace(aside, path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with the files of a policy or checkpoint, by the sizes and sha256 of its manifest.json; empty where nothing is."""
+    try:
+        for name, (size, digest) in json.loads((folder / "manifest.json").read_bytes())["files"].items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes instead of {size}"
+            if sha256(path) != digest:
+                return f"the sha256 of {name} is not that of manifest.json"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"manifest.json cannot be read: {error}"
+    return ""
+
+
+def fingerprint(name: str, place: str) -> dict[str, str]:
+    """sha256 of the weights of a policy folder and of its adapter's base, under `name/file`; the commit of a hub model."""
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    adapter = Path(place, "adapter_config.json")
+    base = fingerprint(f"{name}/base", json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]) if adapter.is_file() else {}
+    if Path(place).is_dir():
+        return {f"{name}/{file.name}": sha256(file) for file in sorted(Path(place).glob("*.safetensors"))} | base
+    try:
+        return {name: extract_commit_hash(cached_file(place, "config.json", revision=REVISION or None), None)}
+    except OSError:
+        return {}               # load_model says what to do
+
+
+def read_rows(path: Path, needs: tuple[str, ...]) -> list[dict]:
+    """Rows of a jsonl file, each with the named text fields. Blank lines are left out.
+
+    Exits with file, line and reason at the first bad row; with STRICT=0 bad rows are skipped and counted.
+    """
+    if not path.is_file():
+        sys.exit(f"{path} is missing: run `make data` (or set DATA= to a folder that has it)")
+
+    def unique(pairs):
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+        return dict(pairs)
+
+    def refuse(word):
+        raise ValueError(f"{word} is no number of JSON")
+
+    rows, ids, skipped = [], {}, []
+    with open(path, "rb") as file:          # bytes, so that a line that is not UTF-8 is named too
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig")
+                if not text.strip():
+                    continue
+                row = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+                if not isinstance(row, dict):
+                    raise ValueError(f"an object is expected, not {type(row).__name__}")
+                if "\\ud" in text.lower():
+                    json.dumps(row, ensure_ascii=False).encode()        # half a surrogate pair is no text that a tokenizer takes
+                for name in needs:
+                    if not isinstance(row.get(name), str) or not row[name]:
+                        raise ValueError(f"{name!r} must be a text, not {row.get(name)!r}")
+                reward.check_row(TASK, row)
+                if row.get("id") is not None and ids.setdefault(str(row["id"]), number) != number:
+                    raise ValueError(f"the id {row['id']!r} is that of line {ids[str(row['id'])]} too")
+            except (ValueError, RecursionError) as error:
+                skipped.append(f"{path}:{number}: {error}")
+                if STRICT:
+                    sys.exit(skipped[0])
+                continue
+            rows.append(row)
+    if skipped:
+        print(f"{len(skipped)} rows of {path} are bad and skipped, the first: {skipped[0]}")
+    if not rows:
+        sys.exit(f"{path} is empty: run `make data`")
+    return rows
+
+
+def held_out(train: list[dict], rows: list[dict], path: Path) -> list[dict]:
+    """Rows of a file that is measured on. Exits where some are among those that are trained on; with STRICT=0 these are left out."""
+    seen = {reward.identity(TASK, row) for row in train}
+    kept = [row for row in rows if reward.identity(TASK, row) not in seen]
+    if len(kept) < len(rows):
+        shared = next(row["prompt"] for row in rows if reward.identity(TASK, row) in seen)
+        found = f"{len(rows) - len(kept)} of {len(rows)} rows of {path} are in train.jsonl too, the first is {shared!r}"
+        if STRICT or not kept:
+            sys.exit(f"{found}: what is measured on them says nothing. Make data that holds them out (make data HOLDOUT=file)")
+        print(f"{found}: left out")
+    return kept
 
 
 if __name__ == "__main__":

@@ -11,25 +11,35 @@ when val accuracy falls, because RL curves rise and then fall.
 
 import argparse
 import contextlib
-import copy
 import difflib
+import fcntl
 import hashlib
 import json
+import math
 import os
+import pickle
 import platform
 import random
 import re
 import resource
 import shutil
+import signal
+import statistics
 import sys
 import time
+import warnings
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy
 import torch
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from transformers import set_seed
+from transformers.utils.logging import disable_progress_bar
 
 import reward
 
@@ -39,7 +49,8 @@ SFT = ""                     # policy to start from, a folder or a hub name; emp
 REVISION = ""                # commit, tag or branch of a hub model; empty: the default branch
 OUT = ""                     # root folder of the run; empty: runs/TASK
 DATA = ""                    # folder of train.jsonl and val.jsonl; empty: OUT/data
-RESUME = 1                   # 0: start anew where a finished run of other constants is
+RESUME = 1                   # 0: start anew where a run is, finished or cut off
+STRICT = 1                   # 0: bad rows of the data are skipped and counted, not refused
 SEED = 0
 THREADS = 0                  # CPU threads; 0: one for each core
 # Model
@@ -48,7 +59,7 @@ LORA_RANK = 32               # of a new adapter, where SFT is not one already; 0
 LORA_ALPHA = 64              # the update is scaled by LORA_ALPHA / LORA_RANK
 BF16 = 1                     # bf16 matrix products where the processor has them; weights stay in fp32
 GRADIENT_CHECKPOINTING = 1   # recompute activations in the backward pass: less memory, a third more time
-OPTIMIZER_8BIT = 1           # paged 8-bit AdamW of bitsandbytes on a GPU; on a CPU AdamW has 32 bits
+OPTIMIZER_8BIT = 1           # 8-bit AdamW of bitsandbytes, paged on a GPU; 0: AdamW of torch
 # Rollout
 PROMPTS_PER_STEP = 12
 GROUP_SIZE = 8               # completions of a prompt
@@ -82,8 +93,13 @@ EVAL_TEMPERATURE = 0.7       # ... and how they are sampled: as in eval.py
 EVAL_TOP_P = 0.9
 PATIENCE = 4                 # stop after so many evaluations in a row below the best
 SAMPLES_EVERY = 10           # steps between sample completions in samples.jsonl
-SAVE_EVERY = 50              # steps between checkpoints step-N
-KEEP_LAST = 2                # checkpoints kept
+# Faults
+SAVE_EVERY = 1               # steps between checkpoints: what a power cut costs at most
+KEEP_LAST = 2                # checkpoints kept, beside the best
+MAX_NO_REWARD = 0.1          # share of completions whose reward may fail; above it the run stops
+MAX_NONFINITE = 3            # updates in a row that are skipped for a loss or gradient that is not finite; then the run stops
+SPIKE = 10.0                 # standard deviations above the mean of the last 100 gradient norms from which a norm is logged as a spike ...
+SKIP_SPIKES = 0              # ... and 1: its update is skipped
 # What a policy that began as MODEL=tiny has instead, where the command line does not say otherwise
 TINY = {"LOAD_4BIT": 0, "LORA_RANK": 0, "GRADIENT_CHECKPOINTING": 0, "OPTIMIZER_8BIT": 0, "MAX_NEW_TOKENS": 208, "PROMPTS_PER_STEP": 32, "TOP_P": 1.0,
         "LR": 2e-4, "STEPS": 100, "ROLLOUT_ROWS": 272, "EVAL_EVERY": 10, "EVAL_SAMPLES": 4, "PATIENCE": 6}
@@ -92,7 +108,7 @@ SHOWN = ("reward", "reward_std", "accuracy", "unfinished", "wrong", "tokens", "k
          "update_tokens_per_s", "val_accuracy", "val_unfinished", "val_tokens")      # of the log, on the screen
 
 
-# ---- advantages and loss: pure functions ------------------------------------------------------------------------------
+# ---- advantages and loss: pure functions ----------------------------------------------------------------------------
 
 
 def momentum_advantages(rewards: torch.Tensor, running_mean: float, running_std: float, momentum: float):
@@ -159,7 +175,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, loss_mask, *, cl
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-# ---- rollout ----------------------------------------------------------------------------------------------------------
+# ---- rollout --------------------------------------------------------------------------------------------------------
 
 
 class KVCache:
@@ -209,7 +225,7 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_
         mass = top.cumsum(-1)
         if count == probs.shape[-1] or bool((mass[:, -1] >= top_p).all()):
             break
-    allowed = (mass - top < top_p).sum(-1, keepdim=True)
+    allowed = (mass - top < top_p).sum(-1, keepdim=True).clamp(min=1)       # NaN logits: any token, the loss will be NaN and say so
     total = mass.gather(1, allowed - 1)
     choice = torch.searchsorted(mass, uniform[:, None] * total, right=True).minimum(allowed - 1)
     return tokens.gather(1, choice).flatten(), total.flatten()
@@ -270,214 +286,7 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
     return [row[:length] for row, length in zip(completions.tolist(), lengths.tolist())]
 
 
-# ---- constants, files, prompts ----------------------------------------------------------------------------------------
-
-
-def override_constants(argv: list[str], is_tiny=lambda given: False) -> dict:
-    """Sets the CAPS constants of this file and of reward.py from `--name=value`; returns all of them.
-
-    Exits with the nearest names where there is no such constant, and with the type where a value does not fit.
-    """
-    scopes = {name: scope for scope in (vars(reward), globals()) for name, value in list(scope.items())
-              if re.fullmatch("[A-Z][A-Z0-9_]*", name) and isinstance(value, (int, float, str))}
-    source = "\n".join(Path(module.__file__).read_text(encoding="utf-8") for module in (reward, sys.modules[__name__]))
-    comments = dict(re.findall(r"^([A-Z][A-Z0-9_]*) = [^#\n]*(?:# (.*))?$", source, re.MULTILINE))
-    tiny = globals().get("TINY", {})
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    for name, scope in scopes.items():
-        default = f"{scope[name]!r}" + (f", tiny: {tiny[name]!r}" if name in tiny else "")
-        parser.add_argument(f"--{name.lower()}", type=type(scope[name]), metavar=type(scope[name]).__name__,
-                            help=f"({default}) {comments.get(name, '')}".replace("%", "%%"), default=argparse.SUPPRESS)
-    known, unknown = parser.parse_known_args(argv)
-    for word in unknown:
-        name = word.split("=")[0].lstrip("-").upper()
-        near = [f"--{n.lower()}" for n in difflib.get_close_matches(name, scopes, 3, 0.5)]
-        parser.exit(2, f"{Path(__file__).name}: no constant {name}" + (f"; did you mean {' or '.join(near)}?\n" if near else "; see --help\n"))
-    given = {name.upper(): value for name, value in vars(known).items()}
-    for name, value in {**(tiny if is_tiny(given) else {}), **given}.items():
-        scopes[name][name] = value
-    if TASK not in reward.TASKS:
-        parser.exit(2, f"{Path(__file__).name}: unknown TASK {TASK!r}; there is {', '.join(reward.TASKS)}\n")
-    return {name: scope[name] for name, scope in scopes.items()}
-
-
-def is_tiny(given: dict) -> bool:
-    """Whether the TINY constants hold: the policy to start from began as MODEL=tiny."""
-    root = given.get("OUT", OUT) or f"runs/{given.get('TASK', TASK)}"
-    run = Path(given.get("SFT", SFT) or f"{root}/sft", "run.json")
-    return run.is_file() and json.loads(run.read_text(encoding="utf-8"))["constants"].get("MODEL") == "tiny"
-
-
-def start_run(folder: Path, constants: dict, inputs: list[Path], device: str) -> None:
-    """Stores source, constants, versions, device and hashes of the inputs in a run folder, and prints the constants.
-
-    Exits with 0 where the folder holds the finished run of the same constants and inputs, and with the difference and the two ways
-    out where it holds another one. A run that was cut off is begun again.
-    """
-    # they say where and how fast, not what
-    free = ("OUT", "DATA", "SFT", "RESUME", "THREADS", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS", "HEAD_CHUNK", "GRADIENT_CHECKPOINTING")
-    sources = [Path(__file__).resolve(), Path(reward.__file__).resolve()]
-    hashes = {f"{path.parent.name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs}
-    hashes |= {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sources}
-    header = {"constants": constants, "inputs": hashes, "device": device,
-              "python": platform.python_version(), "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}}
-    run = folder / "run.json"
-    if folder.is_dir() and any(path.suffix != ".png" for path in folder.iterdir()) and not run.is_file():
-        sys.exit(f"{folder} holds files that are not of a run: choose another OUT=")
-    if (folder / "summary.json").is_file() and RESUME:
-        old = json.loads(run.read_text(encoding="utf-8"))
-        then, now = ({**h["constants"], **h["inputs"]} for h in (old, header))
-        changed = [f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in {**then, **now}
-                   if then.get(name) != now.get(name) and name not in free]
-        if changed:
-            sys.exit(f"{folder} is a finished run of something else: {'; '.join(changed)}.\nOUT= another folder keeps it, RESUME=0 replaces it")
-        (folder / "summary.json").touch()
-        print(f"{folder} is complete: nothing to do")
-        sys.exit(0)
-    if run.is_file() and not (folder / "summary.json").is_file():
-        print(f"{folder}: a run that was cut off is begun again")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    run.write_text(json.dumps(header, indent=1, ensure_ascii=False), encoding="utf-8")
-    shutil.copy(__file__, folder)
-    shutil.copy(reward.__file__, folder)
-    print("\n".join(f"{name} = {value!r}" for name, value in constants.items()))
-
-
-def finish_run(folder: Path, summary: dict) -> None:
-    """Writes summary.json, whose presence says that the run is complete, and prints it as `name: value` lines."""
-    aside = folder / "summary.json.tmp"
-    aside.write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    os.replace(aside, folder / "summary.json")
-    print("\n".join(f"{name}: {value}" for name, value in summary.items()))
-
-
-def read_rows(path: Path, needs: tuple[str, ...]) -> list[dict]:
-    """Rows of a jsonl file, each with the named text fields. Exits with file, line and reason at the first bad row."""
-    if not path.is_file():
-        sys.exit(f"{path} is missing: run `make data` (or set DATA= to a folder that has it)")
-    rows = []
-    with open(path, "rb") as file:          # bytes, so that a line that is not UTF-8 is named too
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-                if not isinstance(row, dict):
-                    raise ValueError(f"an object is expected, not {type(row).__name__}")
-                for name in needs:
-                    if not isinstance(row.get(name), str) or not row[name]:
-                        raise ValueError(f"{name!r} must be a text, not {row.get(name)!r}")
-                reward.check_row(TASK, row)
-            except ValueError as error:
-                sys.exit(f"{path}:{number}: {error}")
-            rows.append(row)
-    if not rows:
-        sys.exit(f"{path} is empty: run `make data`")
-    return rows
-
-
-def encode_prompt(tokenizer, prompt: str) -> list[int]:
-    """Token ids of a prompt, in the model's chat template where it has one."""
-    if tokenizer.chat_template is None:
-        return tokenizer(prompt + "\n", add_special_tokens=False).input_ids
-    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
-    text = re.sub(r"<think>\n$", "", text)       # DeepSeek-R1's template opens the reasoning; our completions do it themselves
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
-# ---- model ------------------------------------------------------------------------------------------------------------
-
-
-def load_model(path: str, trainable: bool):
-    """Model and tokenizer of a policy folder, any local folder or a hub name; 4-bit, with a LoRA adapter, or neither.
-
-    A folder with an adapter needs its base too, and the adapter never fails to load silently. Exits with what to do where a hub
-    model cannot be reached.
-    """
-    from peft import LoraConfig, PeftModel, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
-
-    cuda = torch.cuda.is_available()
-    adapter = Path(path, "adapter_config.json")
-    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else path
-    if trainable and LOAD_4BIT and not LORA_RANK and not adapter.is_file():
-        sys.exit("LORA_RANK=0 trains all weights, which LOAD_4BIT=1 does not allow: set LOAD_4BIT=0 or LORA_RANK above 0")
-    options = {"dtype": torch.bfloat16 if cuda and (LORA_RANK or not trainable) else torch.float32, "use_safetensors": True}
-    if LOAD_4BIT:
-        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                                            bnb_4bit_compute_dtype=torch.bfloat16 if bf16_works() else torch.float32)
-    if cuda:
-        options["device_map"] = {"": 0}
-    else:
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")      # a kernel for every new shape would fill a gigabyte
-        options["attn_implementation"] = "eager"     # the fused attention of a CPU is slower at the lengths that a CPU can train
-    config = Path(path, "tokenizer_config.json")
-    # AutoTokenizer gives every Qwen2 the tokenizer of Qwen2, also where the folder names another: the word tokenizer of MODEL=tiny
-    own = config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") == "TokenizersBackend"
-    try:
-        tokenizer = (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(path if config.is_file() else base, revision=REVISION or None)
-        model = AutoModelForCausalLM.from_pretrained(base, revision=REVISION or None, **options)
-    except OSError as error:
-        sys.exit(f"cannot load the model {base!r}: {str(error).splitlines()[0]}\nUse MODEL=tiny, which needs no download, or the path of "
-                 "a folder that holds config.json, model.safetensors and the tokenizer")
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False     # its first forward in eval mode would repack the weights, without a gradient
-    if adapter.is_file():
-        model = PeftModel.from_pretrained(model, path, is_trainable=trainable)
-    elif trainable and LORA_RANK:
-        model = get_peft_model(model, LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=0.0, target_modules="all-linear",
-                                                 task_type="CAUSAL_LM"))
-    if trainable and GRADIENT_CHECKPOINTING:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model, tokenizer
-
-
-def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
-def bf16_works() -> bool:
-    """Whether BF16 is wanted and the processor has fast bf16 matrix products."""
-    return bool(BF16) and (torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def autocast():
-    """bf16 matrix products with fp32 weights, where they are fast."""
-    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=bf16_works())
-
-
-def end_ids(model, tokenizer) -> list[int]:
-    """All ids that end a completion: the tokenizer's and those of the model's generation config (Qwen3 has two)."""
-    configured = model.generation_config.eos_token_id
-    configured = configured if isinstance(configured, list) else [configured]
-    return list(dict.fromkeys(i for i in [tokenizer.eos_token_id, *configured] if i is not None))
-
-
-def make_optimizer(parameters: list):
-    """AdamW; on a GPU with OPTIMIZER_8BIT that of bitsandbytes, whose 8-bit state moves to the host when memory runs short."""
-    if OPTIMIZER_8BIT and torch.cuda.is_available():
-        from bitsandbytes.optim import PagedAdamW8bit
-        return PagedAdamW8bit(parameters, lr=LR, betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY)
-    return torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY)
-
-
-def peak_memory() -> float:
-    """Peak memory in GiB: of the GPU where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def save_policy(model, tokenizer, folder: Path) -> None:
-    """Writes a policy into a folder: all files aside first, then each renamed into place, so that none is ever half written."""
-    aside = folder / "saving"
-    shutil.rmtree(aside, ignore_errors=True)
-    options = {"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}
-    model.save_pretrained(aside, **options)
-    tokenizer.save_pretrained(aside)
-    for file in aside.iterdir():
-        os.replace(file, folder / file.name)
-    aside.rmdir()
+# ---- log-probs ------------------------------------------------------------------------------------------------------
 
 
 def completion_logprobs(model, input_ids: torch.Tensor, loss_mask: torch.Tensor, temperature: float = 1.0):
@@ -547,30 +356,43 @@ def spread(values: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
     return torch.zeros(loss_mask.shape, dtype=values.dtype, device=values.device).masked_scatter(loss_mask, values)
 
 
-# ---- the loop ---------------------------------------------------------------------------------------------------------
+# ---- the loop -------------------------------------------------------------------------------------------------------
 
 
 def generate(model, rows: list[dict], prompts: list[list[int]], eos_ids: list[int], tokenizer, generator, temperature, top_p, stats=None):
-    """Completions of prompts as (ids, text, scores), ROLLOUT_ROWS at a time; scores is None where the reward could not be computed."""
-    made = []
+    """Completions of prompts as (ids, text, scores), ROLLOUT_ROWS at a time; scores is None where the reward could not be computed.
+
+    Exits where that are more than MAX_NO_REWARD of them.
+    """
+    made, failed = [], []
     for start in range(0, len(prompts), ROLLOUT_ROWS):
         with autocast():
             completions = rollout(model, prompts[start:start + ROLLOUT_ROWS], max_new_tokens=MAX_NEW_TOKENS, temperature=temperature,
                                   top_p=top_p, eos_ids=eos_ids, generator=generator, stats=stats)
         for ids, row in zip(completions, rows[start:start + ROLLOUT_ROWS]):
             text = tokenizer.decode(ids, skip_special_tokens=True)
-            made.append((ids, text, reward.score(TASK, text, row, truncated=ids[-1] not in eos_ids)))
+            try:
+                scores = reward.score(TASK, text, row, truncated=ids[-1] not in eos_ids)
+                if not isinstance(scores, dict) or not {"reward", "correct", "answered"} <= set(scores) or not math.isfinite(scores["reward"]):
+                    raise ValueError(f"a finite reward, correct and answered are expected, not {scores}")
+            except Exception as error:          # a reward of one's own may fail in any way, and a night's run must go on
+                failed.append(f"{error!r}, of {row['prompt']!r} and {text!r}"[:1000])
+                scores = None
+            made.append((ids, text, scores))
+    if failed:
+        tqdm.write(f"no reward for {len(failed)} of {len(made)} completions, the first: {failed[0]}")
+        if len(failed) > MAX_NO_REWARD * len(made):
+            sys.exit(f"that is more than MAX_NO_REWARD={MAX_NO_REWARD}: mend the reward of TASK={TASK}, then begin anew, with RESUME=0")
     return made
 
 
 def summarise(completions: list[tuple], eos_ids: list[int]) -> dict[str, float]:
     """Means of every part and fact of the rewards, and the lengths in tokens, by right and wrong answers."""
     scores = [s for _, _, s in completions if s is not None]
-    if not scores:
-        sys.exit(f"no reward for any of {len(completions)} completions: are these rows of TASK={TASK}?")
     lengths = torch.tensor([float(len(ids)) for ids, _, s in completions if s is not None])
     right = torch.tensor([s.get("correct", 0.0) == 1 for s in scores])
-    log = {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
+    log = {name: sum(s.get(name, 0.0) for s in scores) / len(scores) for name in scores[0]}
+    log["no_reward"] = 1 - len(scores) / len(completions)
     log["accuracy"], log["unfinished"] = log.pop("correct"), 1 - log.pop("answered")
     log["wrong"] = 1 - log["accuracy"] - log["unfinished"]
     log["truncated"] = sum(ids[-1] not in eos_ids for ids, _, _ in completions) / len(completions)
@@ -586,7 +408,8 @@ def main() -> None:
     for name, choices in {"BASELINE": ("momentum", "group", "none", "batch"), "AGGREGATE": ("sequence", "token", "constant")}.items():
         if constants[name] not in choices:
             sys.exit(f"unknown {name} {constants[name]!r}; there is {', '.join(choices)}")
-    for name in ("PROMPTS_PER_STEP", "UPDATES_PER_ROLLOUT", "EVAL_EVERY", "EVAL_SAMPLES", "SAMPLES_EVERY", "SAVE_EVERY", "KEEP_LAST", "TEMPERATURE"):
+    for name in ("PROMPTS_PER_STEP", "UPDATES_PER_ROLLOUT", "EVAL_EVERY", "EVAL_SAMPLES", "SAMPLES_EVERY", "SAVE_EVERY", "KEEP_LAST", "TEMPERATURE",
+                 "MAX_NONFINITE"):
         if constants[name] <= 0:
             sys.exit(f"{name} must be above 0, not {constants[name]}")
     if GROUP_SIZE < 2:
@@ -594,22 +417,33 @@ def main() -> None:
     if not SFT and not Path(start, "summary.json").is_file():
         sys.exit(f"{start} holds no finished SFT: run `make sft`, or set SFT= to a policy folder or a hub model")
     train, val = read_rows(data / "train.jsonl", ("prompt",)), read_rows(data / "val.jsonl", ("prompt",))
-    start_run(folder, constants, [data / "train.jsonl", data / "val.jsonl", *sorted(Path(start).glob("*.safetensors"))], device_name())
-    torch.manual_seed(SEED)
+    val = held_out(train, val, data / "val.jsonl")
+    if (data / "test.jsonl").is_file():
+        held_out(train, read_rows(data / "test.jsonl", ("prompt",)), data / "test.jsonl")
+    inputs = {path.name: sha256(path) for path in (data / "train.jsonl", data / "val.jsonl")} | fingerprint("SFT", start)
+    checkpoint = newest_checkpoint(folder) if start_run(folder, constants, inputs, device_name()) else None
+    set_seed(SEED)
     torch.set_num_threads(THREADS or os.cpu_count())
-    model, tokenizer = load_model(start, trainable=True)
+    model, tokenizer = load_model(str(checkpoint or start), trainable=True)
+    disable_progress_bar()       # one for every checkpoint otherwise
     device = next(model.parameters()).device
     eos_ids = end_ids(model, tokenizer)
     frozen = None
     if BETA and not hasattr(model, "peft_config"):
-        frozen = copy.deepcopy(model).requires_grad_(False).eval()
+        frozen = load_model(start, trainable=True)[0].requires_grad_(False).eval()
     elif BETA and Path(start, "adapter_config.json").is_file():
         model.load_adapter(start, adapter_name="reference", is_trainable=False)
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(parameters)
-    generator = torch.Generator().manual_seed(SEED)
-    order, random_order = [], random.Random(SEED)
+    optimizer = adamw(parameters, betas=(0.9, 0.99))
+    generator, random_order = torch.Generator().manual_seed(SEED), random.Random(SEED)
+    # all that a step leaves for the next, beside the policy, the optimizer and the random number generators
+    run = SimpleNamespace(step=-1, order=[], running_mean=None, running_std=None, best=-1.0, best_step=-1, below=0, last=0.0, skipped=0, nonfinite=0,
+                          spikes=0, norms=[], seconds=0.0)
+    if checkpoint:
+        load_checkpoint(checkpoint, folder, run, [optimizer])
+        generator.set_state(run.generator)
+        random_order.setstate(run.random_order)
 
     def encode(rows):
         ids = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
@@ -623,19 +457,20 @@ def main() -> None:
     train = list({row["prompt"]: row for row in train}.values())       # many SFT samples may share a prompt
     train, train_ids = encode(train)
     val, val_ids = encode(val)
-    writer = SummaryWriter(folder / "tensorboard")
-    running_mean = running_std = None
-    best, best_step, below = -1.0, 0, 0
-    began = time.time()
+    writer = SummaryWriter(folder / "tensorboard", purge_step=run.step + 1)
+    began, stop = time.time() - run.seconds, catch_signals()
 
-    for step in tqdm(range(STEPS + 1), desc="grpo", unit="step", dynamic_ncols=True):
+    for step in tqdm(range(run.step + 1, STEPS + 1), desc="grpo", unit="step", dynamic_ncols=True, initial=run.step + 1, total=STEPS + 1):
+        if run.below >= PATIENCE:
+            tqdm.write(f"val accuracy was below its best, {run.best:.3f} at step {run.best_step}, for {PATIENCE} evaluations: stopped")
+            break
         log = {"step": step}
         if step:
             # 1 rollout: GROUP_SIZE completions of each prompt
             clock = time.time()
-            while len(order) < PROMPTS_PER_STEP:
-                order += random_order.sample(range(len(train)), len(train))
-            picked, order = order[:PROMPTS_PER_STEP], order[PROMPTS_PER_STEP:]
+            while len(run.order) < PROMPTS_PER_STEP:
+                run.order += random_order.sample(range(len(train)), len(train))
+            picked, run.order = run.order[:PROMPTS_PER_STEP], run.order[PROMPTS_PER_STEP:]
             rows = [train[i] for i in picked for _ in range(GROUP_SIZE)]
             prompts = [train_ids[i] for i in picked for _ in range(GROUP_SIZE)]
             stats = {}
@@ -650,12 +485,12 @@ def main() -> None:
             # 3 advantages
             mean, std = group_statistics(rewards)
             log |= {"reward_std": float(std.nanmean()), "zero_variance": float((std == 0).double().mean())}
-            if running_mean is None:
-                running_mean, running_std = float(mean.nanmean()), float(std.nanmean())
+            if run.running_mean is None:
+                run.running_mean, run.running_std = float(mean.nanmean()), float(std.nanmean())
             if BASELINE == "momentum":
                 momentum = min(MOMENTUM_MAX, MOMENTUM_MIN + MOMENTUM_STEP * (step - 1))
-                advantages, running_mean, running_std = momentum_advantages(rewards, running_mean, running_std, momentum)
-                log |= {"momentum": momentum, "running_mean": running_mean, "running_std": running_std}
+                advantages, run.running_mean, run.running_std = momentum_advantages(rewards, run.running_mean, run.running_std, momentum)
+                log |= {"momentum": momentum, "running_mean": run.running_mean, "running_std": run.running_std}
             else:
                 advantages = baseline_advantages(rewards, BASELINE)
 
@@ -696,11 +531,11 @@ def main() -> None:
                         sums[name] = max(sums.get(name, 0.0), float(value)) if name == "ratio_error" else sums.get(name, 0.0) + share * float(value)
                     sums["loss"] = sums.get("loss", 0.0) + float(loss.detach())
                 norm = torch.nn.utils.clip_grad_norm_(parameters, GRAD_CLIP)
-                if bool(torch.isfinite(norm)):
+                if may_step(float(norm), sums["loss"], run):
                     optimizer.step()
                 optimizer.zero_grad()
             seconds["update"] = time.time() - clock
-            log |= sums | {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}
+            log |= sums | {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"], "skipped": run.skipped, "spikes": run.spikes}
             log |= {"rollout_tokens_per_s": all_tokens / seconds["rollout"], "update_tokens_per_s": all_tokens / seconds["update"]}
 
         # 6 log, evaluate, save
@@ -719,28 +554,485 @@ def main() -> None:
             completions = generate(model, rows, prompts, eos_ids, tokenizer, torch.Generator().manual_seed(SEED), EVAL_TEMPERATURE, EVAL_TOP_P)
             log |= {f"val_{name}": value for name, value in summarise(completions, eos_ids).items()}
             log |= {"val_lengths": [len(ids) for ids, _, _ in completions], "val_seconds": time.time() - clock}
-            below = 0 if log["val_accuracy"] >= best else below + 1
-            if log["val_accuracy"] > best:
-                best, best_step = log["val_accuracy"], step
-                save_policy(model, tokenizer, folder)
-        if step and step % SAVE_EVERY == 0:
-            save_policy(model, tokenizer, folder / f"step-{step}")
-            for old in sorted(folder.glob("step-*"), key=lambda path: int(path.name[5:]))[:-KEEP_LAST]:
-                shutil.rmtree(old)
-        log |= {"seconds": time.time() - began, "peak_gib": peak_memory()}
+            run.last, run.below = log["val_accuracy"], 0 if log["val_accuracy"] >= run.best else run.below + 1
+            if run.last > run.best:
+                run.best, run.best_step = run.last, step
+        run.step, run.seconds, run.generator, run.random_order = step, time.time() - began, generator.get_state(), random_order.getstate()
+        log |= {"seconds": run.seconds, "peak_gib": peak_memory()}
         with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(log) + "\n")
         for name, value in log.items():
             if name not in ("step", "val_lengths"):
                 writer.add_scalar(name, value, step)
         tqdm.write(f"step {step}  " + "  ".join(f"{name} {log[name]:.3f}" for name in SHOWN if name in log))
-        if below >= PATIENCE:
-            tqdm.write(f"val accuracy was below its best, {best:.3f} at step {best_step}, for {PATIENCE} evaluations: stopped")
-            break
+        if step % SAVE_EVERY == 0 or step in (run.best_step, STEPS) or stop or run.nonfinite >= MAX_NONFINITE:
+            save_checkpoint(folder, run, model, tokenizer, [optimizer])
+        if run.nonfinite >= MAX_NONFINITE:
+            sys.exit(f"{run.nonfinite} updates in a row were skipped, the last with loss {log['loss']} and gradient norm {log['grad_norm']}. The "
+                     f"weights of the last good update are in {folder}/step-{step}. A lower LR may help, in another OUT=")
+        if stop:
+            sys.exit(128 + stop[0])
 
     writer.close()
-    finish_run(folder, {"steps": step, "best_step": best_step, "best_val_accuracy": best, "last_val_accuracy": log["val_accuracy"],
-                        "seconds": time.time() - began, "peak_gib": peak_memory()})
+    finish_run(folder, {"steps": run.step, "best_step": run.best_step, "best_val_accuracy": run.best, "last_val_accuracy": run.last,
+                        "skipped": run.skipped, "seconds": run.seconds, "peak_gib": peak_memory()})
+
+
+# ---- plumbing, the same in every script that has it: model ----------------------------------------------------------
+
+
+def load_model(path: str, trainable: bool):
+    """Model and tokenizer of a policy folder, any local folder or a hub name; 4-bit, with a LoRA adapter, or neither.
+
+    A folder with an adapter needs its base too, and the adapter never fails to load silently. Exits with what to do where a hub
+    model cannot be reached.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
+
+    cuda = torch.cuda.is_available()
+    adapter = Path(path, "adapter_config.json")
+    if Path(path, "manifest.json").is_file() and damage(Path(path)):
+        sys.exit(f"the policy {path} is damaged: {damage(Path(path))}. Make it again, or take one of its step-N folders")
+    if adapter.is_file() and not Path(path, "adapter_model.safetensors").is_file():
+        sys.exit(f"{path} has no adapter_model.safetensors: the base alone is not this policy")
+    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else path
+    if trainable and LOAD_4BIT and not LORA_RANK and not adapter.is_file():
+        sys.exit("LORA_RANK=0 trains all weights, which LOAD_4BIT=1 does not allow: set LOAD_4BIT=0 or LORA_RANK above 0")
+    options = {"dtype": torch.bfloat16 if cuda and (LORA_RANK or not trainable) else torch.float32, "use_safetensors": True}
+    if LOAD_4BIT:
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                                            bnb_4bit_compute_dtype=torch.bfloat16 if bf16_works() else torch.float32)
+    if cuda:
+        options["device_map"] = {"": 0}
+    else:
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")      # a kernel for every new shape would fill a gigabyte
+        options["attn_implementation"] = "eager"     # the fused attention of a CPU is slower at the lengths that a CPU can train
+    config = Path(path, "tokenizer_config.json")
+    # AutoTokenizer gives every Qwen2 the tokenizer of Qwen2, also where the folder names another: the word tokenizer of MODEL=tiny
+    own = config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") == "TokenizersBackend"
+    try:
+        source = {"revision": REVISION or None, "trust_remote_code": False}
+        tokenizer = (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(path if config.is_file() else base, **source)
+        model, found = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **source, **options)
+    except (OSError, ValueError) as error:
+        sys.exit(f"cannot load the model {base!r}: {str(error).splitlines()[0]}\nUse MODEL=tiny, which needs no download, or the path of "
+                 "a folder that holds config.json, model.safetensors and the tokenizer")
+    if found["missing_keys"] or found["mismatched_keys"]:
+        sys.exit(f"the weights of {base!r} lack {', '.join(sorted(map(str, [*found['missing_keys'], *found['mismatched_keys']])))[:300]}: random "
+                 "ones would stand in for them")
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False     # its first forward in eval mode would repack the weights, without a gradient
+    if adapter.is_file():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")      # it would be the base in the policy's name
+            try:
+                model = PeftModel.from_pretrained(model, path, is_trainable=trainable)
+            except UserWarning as error:
+                sys.exit(f"the adapter {path} is not whole: {str(error)[:300]}")
+    elif trainable and LORA_RANK:
+        model = get_peft_model(model, LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=0.0, target_modules="all-linear",
+                                                 task_type="CAUSAL_LM"))
+    if trainable and GRADIENT_CHECKPOINTING:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model, tokenizer
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def bf16_works() -> bool:
+    """Whether BF16 is wanted and the processor has fast bf16 matrix products."""
+    return bool(BF16) and (torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def autocast():
+    """bf16 matrix products with fp32 weights, where they are fast."""
+    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=bf16_works())
+
+
+def end_ids(model, tokenizer) -> list[int]:
+    """All ids that end a completion: the tokenizer's and those of the model's generation config (Qwen3 has two)."""
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    return list(dict.fromkeys(i for i in [tokenizer.eos_token_id, *configured] if i is not None))
+
+
+def encode_prompt(tokenizer, prompt: str) -> list[int]:
+    """Token ids of a prompt, in the model's chat template where it has one."""
+    if tokenizer.chat_template is None:
+        return tokenizer(prompt + "\n", add_special_tokens=False).input_ids
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
+    text = re.sub(r"<think>\n$", "", text)       # DeepSeek-R1's template opens the reasoning; our completions do it themselves
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def adamw(parameters: list, betas: tuple[float, float]):
+    """AdamW; with OPTIMIZER_8BIT that of bitsandbytes, whose 8-bit state moves from a GPU to the host when memory runs short."""
+    if OPTIMIZER_8BIT:
+        from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+        return (PagedAdamW8bit if torch.cuda.is_available() else AdamW8bit)(parameters, lr=LR, betas=betas, weight_decay=WEIGHT_DECAY)
+    return torch.optim.AdamW(parameters, lr=LR, betas=betas, weight_decay=WEIGHT_DECAY)
+
+
+def peak_memory() -> float:
+    """Peak memory in GiB: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+# ---- plumbing: constants, folder and data of a run ------------------------------------------------------------------
+
+
+def override_constants(argv: list[str], is_tiny=lambda given: False) -> dict:
+    """Sets the CAPS constants of this file and of reward.py from `--name=value`; returns all of them.
+
+    Exits with the nearest names where there is no such constant, and with the type where a value does not fit.
+    """
+    scopes = {name: scope for scope in (vars(reward), globals()) for name, value in list(scope.items())
+              if re.fullmatch("[A-Z][A-Z0-9_]*", name) and isinstance(value, (int, float, str))}
+    source = "\n".join(Path(module.__file__).read_text(encoding="utf-8") for module in (reward, sys.modules[__name__]))
+    comments = dict(re.findall(r"^([A-Z][A-Z0-9_]*) = [^#\n]*(?:# (.*))?$", source, re.MULTILINE))
+    tiny = globals().get("TINY", {})
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for name, scope in scopes.items():
+        default = f"{scope[name]!r}" + (f", tiny: {tiny[name]!r}" if name in tiny else "")
+        parser.add_argument(f"--{name.lower()}", type=type(scope[name]), metavar=type(scope[name]).__name__,
+                            help=f"({default}) {comments.get(name, '')}".replace("%", "%%"), default=argparse.SUPPRESS)
+    known, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        name = word.split("=")[0].lstrip("-").upper()
+        near = [f"--{n.lower()}" for n in difflib.get_close_matches(name, scopes, 3, 0.5)]
+        parser.exit(2, f"{Path(__file__).name}: no constant {name}" + (f"; did you mean {' or '.join(near)}?\n" if near else "; see --help\n"))
+    given = {name.upper(): value for name, value in vars(known).items()}
+    for name, value in {**(tiny if is_tiny(given) else {}), **given}.items():
+        scopes[name][name] = value
+    if TASK not in reward.TASKS:
+        parser.exit(2, f"{Path(__file__).name}: unknown TASK {TASK!r}; there is {', '.join(reward.TASKS)}\n")
+    return {name: scope[name] for name, scope in scopes.items()}
+
+
+def is_tiny(given: dict) -> bool:
+    """Whether the TINY constants hold: the policy to start from began as MODEL=tiny."""
+    root = given.get("OUT", OUT) or f"runs/{given.get('TASK', TASK)}"
+    run = Path(given.get("SFT", SFT) or f"{root}/sft", "run.json")
+    return run.is_file() and json.loads(run.read_text(encoding="utf-8"))["constants"].get("MODEL") == "tiny"
+
+
+def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str) -> bool:
+    """Takes the run folder for this process alone; returns whether it holds a run that was cut off and can go on.
+
+    A new run stores source, constants, versions, device and hashes of the inputs, and prints the constants. Exits with 0 where the
+    folder holds the finished run of the same constants and inputs; with the difference and the two ways out where it holds another
+    one; and where another process works in it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder.parent / f".{folder.name}.lock", os.O_RDWR | os.O_CREAT)      # never closed: it is held until the process ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"{folder}: another process works in it. Wait for its end, or set OUT= to another folder")
+    # they say where and how fast, not what
+    free = ("OUT", "DATA", "SFT", "RESUME", "STRICT", "THREADS", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS", "HEAD_CHUNK", "GRADIENT_CHECKPOINTING",
+            "SAVE_EVERY", "KEEP_LAST")
+    sources = [Path(__file__).resolve(), Path(reward.__file__).resolve()]
+    header = {"constants": constants, "inputs": inputs | {path.name: sha256(path) for path in sources}, "device": device,
+              "python": platform.python_version(), "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}}
+    run, finished = folder / "run.json", (folder / "summary.json").is_file()
+    if folder.is_dir() and any(path.suffix != ".png" for path in folder.iterdir()) and not run.is_file():
+        sys.exit(f"{folder} holds files that are not of a run: choose another OUT=")
+    if RESUME and (finished or any(folder.glob("*.jsonl"))):
+        try:
+            old = json.loads(run.read_text(encoding="utf-8"))
+        except ValueError as error:
+            sys.exit(f"{run} is damaged: {error}.\nOUT= another folder keeps the run, RESUME=0 replaces it")
+        then, now = ({**h["constants"], **h["inputs"]} for h in (old, header))
+        changed = [f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in {**then, **now}
+                   if then.get(name) != now.get(name) and name not in free]
+        if changed:
+            sys.exit(f"{folder} is {'a finished' if finished else 'an unfinished'} run of something else: {'; '.join(changed)}.\n"
+                     "OUT= another folder keeps it, RESUME=0 replaces it")
+        if finished:
+            (folder / "summary.json").touch()
+            print(f"{folder} is complete: nothing to do")
+            sys.exit(0)
+        return True
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_json(run, header)
+    for source in sources:
+        shutil.copy(source, folder)
+    print("\n".join(f"{name} = {value!r}" for name, value in constants.items()))
+    return False
+
+
+def finish_run(folder: Path, summary: dict) -> None:
+    """Writes summary.json, whose presence says that the run is complete, and prints it as `name: value` lines."""
+    write_json(folder / "summary.json", summary)
+    print("\n".join(f"{name}: {value}" for name, value in summary.items()))
+
+
+def write_json(path: Path, value) -> None:
+    """Writes a file aside, flushes it to the disk, and renames it into place: it is never half written."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+    flush(aside)
+    os.replace(aside, path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with the files of a policy or checkpoint, by the sizes and sha256 of its manifest.json; empty where nothing is."""
+    try:
+        for name, (size, digest) in json.loads((folder / "manifest.json").read_bytes())["files"].items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes instead of {size}"
+            if sha256(path) != digest:
+                return f"the sha256 of {name} is not that of manifest.json"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"manifest.json cannot be read: {error}"
+    return ""
+
+
+def fingerprint(name: str, place: str) -> dict[str, str]:
+    """sha256 of the weights of a policy folder and of its adapter's base, under `name/file`; the commit of a hub model."""
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    adapter = Path(place, "adapter_config.json")
+    base = fingerprint(f"{name}/base", json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]) if adapter.is_file() else {}
+    if Path(place).is_dir():
+        return {f"{name}/{file.name}": sha256(file) for file in sorted(Path(place).glob("*.safetensors"))} | base
+    try:
+        return {name: extract_commit_hash(cached_file(place, "config.json", revision=REVISION or None), None)}
+    except OSError:
+        return {}               # load_model says what to do
+
+
+def read_rows(path: Path, needs: tuple[str, ...]) -> list[dict]:
+    """Rows of a jsonl file, each with the named text fields. Blank lines are left out.
+
+    Exits with file, line and reason at the first bad row; with STRICT=0 bad rows are skipped and counted.
+    """
+    if not path.is_file():
+        sys.exit(f"{path} is missing: run `make data` (or set DATA= to a folder that has it)")
+
+    def unique(pairs):
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+        return dict(pairs)
+
+    def refuse(word):
+        raise ValueError(f"{word} is no number of JSON")
+
+    rows, ids, skipped = [], {}, []
+    with open(path, "rb") as file:          # bytes, so that a line that is not UTF-8 is named too
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig")
+                if not text.strip():
+                    continue
+                row = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+                if not isinstance(row, dict):
+                    raise ValueError(f"an object is expected, not {type(row).__name__}")
+                if "\\ud" in text.lower():
+                    json.dumps(row, ensure_ascii=False).encode()        # half a surrogate pair is no text that a tokenizer takes
+                for name in needs:
+                    if not isinstance(row.get(name), str) or not row[name]:
+                        raise ValueError(f"{name!r} must be a text, not {row.get(name)!r}")
+                reward.check_row(TASK, row)
+                if row.get("id") is not None and ids.setdefault(str(row["id"]), number) != number:
+                    raise ValueError(f"the id {row['id']!r} is that of line {ids[str(row['id'])]} too")
+            except (ValueError, RecursionError) as error:
+                skipped.append(f"{path}:{number}: {error}")
+                if STRICT:
+                    sys.exit(skipped[0])
+                continue
+            rows.append(row)
+    if skipped:
+        print(f"{len(skipped)} rows of {path} are bad and skipped, the first: {skipped[0]}")
+    if not rows:
+        sys.exit(f"{path} is empty: run `make data`")
+    return rows
+
+
+def held_out(train: list[dict], rows: list[dict], path: Path) -> list[dict]:
+    """Rows of a file that is measured on. Exits where some are among those that are trained on; with STRICT=0 these are left out."""
+    seen = {reward.identity(TASK, row) for row in train}
+    kept = [row for row in rows if reward.identity(TASK, row) not in seen]
+    if len(kept) < len(rows):
+        shared = next(row["prompt"] for row in rows if reward.identity(TASK, row) in seen)
+        found = f"{len(rows) - len(kept)} of {len(rows)} rows of {path} are in train.jsonl too, the first is {shared!r}"
+        if STRICT or not kept:
+            sys.exit(f"{found}: what is measured on them says nothing. Make data that holds them out (make data HOLDOUT=file)")
+        print(f"{found}: left out")
+    return kept
+
+
+# ---- plumbing: checkpoints and faults -------------------------------------------------------------------------------
+
+
+def save_checkpoint(folder: Path, run: SimpleNamespace, model, tokenizer, optimizers: list) -> None:
+    """Writes folder/step-N: the policy as transformers or peft reads it, the logs, and state.pt with all else that the next step needs.
+
+    Aside first, flushed to the disk, its manifest of sizes and sha256 last, then renamed and read back. Only then older ones go, but
+    for the last KEEP_LAST and the best, whose policy is copied to the run folder. Exits where it cannot be written, the older ones intact.
+    """
+    aside, place = folder / "saving", folder / f"step-{run.step}"
+    shutil.rmtree(aside, ignore_errors=True)
+    kind, keys, *rest = numpy.random.get_state()
+    state = {"run": vars(run), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+             "random": {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "torch": torch.get_rng_state(),
+                        "cuda": torch.cuda.get_rng_state_all()}}
+    try:
+        model.save_pretrained(aside, **({"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}))
+        tokenizer.save_pretrained(aside)
+        torch.save(state, aside / "state.pt")
+        for file in (folder / "run.json", *folder.glob("*.jsonl")):
+            shutil.copy(file, aside)
+        seal(aside, run.step)
+        shutil.rmtree(place, ignore_errors=True)            # a damaged one, where the run went on from an older one
+        os.rename(aside, place)
+        flush(folder)
+        if damage(place):
+            raise OSError(f"read back, {damage(place)}")
+        if run.step == run.best_step:
+            publish(place, folder)
+    except (OSError, RuntimeError, SafetensorError) as error:       # on a full disk torch and safetensors raise the latter two
+        shutil.rmtree(aside, ignore_errors=True)
+        sys.exit(f"{place} could not be written: {error}\nThe checkpoints before it are as they were. Make room, then start again: the run goes on")
+    older = [step for step in checkpoint_steps(folder) if step <= run.step]
+    for step in set(older[:-KEEP_LAST]) - {run.best_step}:
+        shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
+
+
+def seal(folder: Path, step: int) -> None:
+    """Flushes the files of a folder to the disk, then writes its manifest.json: the step, and the size and sha256 of each."""
+    files = sorted(folder.iterdir())
+    for file in files:
+        flush(file)
+    write_json(folder / "manifest.json", {"step": step, "files": {file.name: [file.stat().st_size, sha256(file)] for file in files}})
+
+
+def publish(checkpoint: Path, folder: Path) -> None:
+    """Copies the policy of a checkpoint to the run folder, where the next stage looks for it: each file is renamed into place."""
+    aside = folder / "saving"
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(checkpoint, aside, ignore=shutil.ignore_patterns("state.pt", "*.jsonl", "manifest.json"))
+    seal(aside, int(checkpoint.name[5:]))
+    for file in sorted(aside.iterdir(), key=lambda path: path.name == "manifest.json"):
+        os.replace(file, folder / file.name)
+    aside.rmdir()
+    flush(folder)
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in folder.glob("step-*") if path.name[5:].isdigit())
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are those of its manifest; damaged ones are named. None where a run was cut off before its first.
+
+    Exits where there are damaged ones alone: a run never starts again from its first step by itself.
+    """
+    steps, log = checkpoint_steps(folder), folder / "log.jsonl"
+    for step in reversed(steps):
+        found = damage(folder / f"step-{step}")
+        if not found:
+            print(f"{folder}: goes on after step {step}")
+            return folder / f"step-{step}"
+        print(f"{folder}/step-{step} is damaged and not used: {found}")
+    if steps or (log.is_file() and log.read_bytes().count(b"\n") > 1):
+        sys.exit(f"{folder} is a run that was cut off, and has no checkpoint that is whole. RESUME=0 starts it anew")
+    log.unlink(missing_ok=True)
+    return None
+
+
+def load_checkpoint(checkpoint: Path, folder: Path, run: SimpleNamespace, optimizers: list) -> None:
+    """Puts run, optimizers, random number generators, logs and the best policy back to where they were when the checkpoint was written.
+
+    Exits where state.pt holds anything but numbers, text and tensors: such a file could run code.
+    """
+    shutil.rmtree(folder / "saving", ignore_errors=True)
+    try:
+        state = torch.load(checkpoint / "state.pt", weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        sys.exit(f"{checkpoint}/state.pt is refused, it is not what this script writes: {str(error)[:300]}")
+    vars(run).update(state["run"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    random.setstate(state["random"]["python"])
+    numpy.random.set_state(state["random"]["numpy"])
+    torch.set_rng_state(state["random"]["torch"])
+    torch.cuda.set_rng_state_all(state["random"]["cuda"])
+    for name in ("log.jsonl", "samples.jsonl"):         # without the lines of steps that come again
+        if (checkpoint / name).is_file():
+            shutil.copy(checkpoint / name, folder / "saving")
+            os.replace(folder / "saving", folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
+    best = folder / f"step-{run.best_step}"
+    if run.best_step >= 0 and not damage(best):
+        publish(best, folder)
+    elif run.best_step >= 0 and (damage(folder) or json.loads((folder / "manifest.json").read_bytes())["step"] != run.best_step):
+        sys.exit(f"the best policy, of step {run.best_step}, is damaged, in {best} and in {folder}. RESUME=0 starts the run anew")
+
+
+def catch_signals() -> list[int]:
+    """A list that takes the first SIGINT, SIGTERM or SIGHUP, so that the step can end and be saved; a second one quits at once.
+
+    Those within a second count as one: Ctrl-C and batch systems may reach a process twice, the other time through make.
+    """
+    received, times = [], []
+
+    def note(number, frame):
+        times.append(time.monotonic())
+        if not received:
+            received.append(number)
+            os.write(2, b"\nstops after this step, with a checkpoint; a second signal quits at once\n")
+        elif times[-1] - times[0] > 1:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:          # as nohup sets it
+            signal.signal(number, note)
+    return received
+
+
+def may_step(norm: float, loss: float, run: SimpleNamespace) -> bool:
+    """Whether the optimizer may step: loss and gradient norm are finite, and the norm no spike where SKIP_SPIKES is set. Counted in run.
+
+    A step with a NaN stays in the moments of Adam for good, and clipping makes NaN of an infinite gradient: so there is no step at all.
+    """
+    finite = math.isfinite(norm) and math.isfinite(loss)
+    spike = finite and len(run.norms) >= 20 and norm > statistics.fmean(run.norms) + SPIKE * statistics.pstdev(run.norms)
+    run.norms = (run.norms + [norm] * finite)[-100:]
+    run.nonfinite = 0 if finite else run.nonfinite + 1
+    run.spikes += spike
+    run.skipped += not finite or (spike and bool(SKIP_SPIKES))
+    return finite and not (spike and SKIP_SPIKES)
 
 
 if __name__ == "__main__":

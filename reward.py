@@ -196,6 +196,11 @@ def check_row(task: str, row: dict) -> None:
     TASKS[task][0](row)
 
 
+def identity(task: str, row: dict) -> tuple:
+    """What must not be in both training and test: the hand in any order, with its target; the prompt of other tasks."""
+    return (*sorted(row["numbers"]), row.get("target", 24)) if task == "game24" else (row["prompt"],)
+
+
 def prompt(task: str, row: dict) -> str:
     """The text that asks for a completion of the row."""
     numbers, target = valid_row(row)

@@ -705,7 +705,8 @@ def with_reference(monkeypatch, case, folder, tmp_path):
     model, tokenizer = load(monkeypatch, folder, LOAD_4BIT=1)
     if case == "SFT adapter":
         move_adapter(model)
-        grpo.save_policy(model, tokenizer, tmp_path)
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
         model, tokenizer = load(monkeypatch, tmp_path, LOAD_4BIT=1)
         model.load_adapter(str(tmp_path), adapter_name="reference", is_trainable=False)
     return model.train(), None, tokenizer
@@ -754,9 +755,9 @@ def test_reference_policy_is_left_after_an_error(monkeypatch, policy_folders, tm
 
 def run_loop(monkeypatch, folder, start, **constants):
     """Log of a short run of the whole script, with a reward that differs among the completions of a random policy."""
-    rows = [{"prompt": f"{n} 2 3 4", "numbers": [n, 2, 3, 4]} for n in range(1, 4)]
     folder.mkdir()
-    for name in ("train", "val"):
+    for name, last in (("train", 4), ("val", 5)):
+        rows = [{"prompt": f"{n} 2 3 {last}", "numbers": [n, 2, 3, last]} for n in range(1, 4)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     def score(task, text, row, truncated=False):
@@ -764,6 +765,7 @@ def run_loop(monkeypatch, folder, start, **constants):
         return {"reward": words % 7 / 7, "correct": float(words % 7 > 3), "answered": float(not truncated)}
 
     monkeypatch.setattr(reward, "score", score)
+    monkeypatch.setattr(grpo, "catch_signals", list)         # those of pytest stay
     settings = {"SFT": start, "DATA": folder, "OUT": folder, "THREADS": 1, "BF16": 0, "STEPS": 1, "EVAL_EVERY": 1, "PROMPTS_PER_STEP": 3,
                 "GROUP_SIZE": 4, "MAX_NEW_TOKENS": 12, "TEMPERATURE": 1.5, "UPDATES_PER_ROLLOUT": 2, "WARMUP": 0, "LR": 1e-3, **constants}
     for scope in (grpo, reward):                             # the command line sets constants: put them back afterwards

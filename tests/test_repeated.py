@@ -21,6 +21,6 @@ def functions():
 
 def test_repeated_blocks_are_equal():
     repeated = {name: copies for name, copies in functions().items() if len(copies) > 1}
-    assert {"override_constants", "load_model", "KVCache", "save_policy"} <= set(repeated)
+    assert {"override_constants", "load_model", "KVCache", "save_checkpoint"} <= set(repeated)
     for name, copies in repeated.items():
         assert len(set(copies.values())) == 1, f"{name} differs between {', '.join(copies)}"

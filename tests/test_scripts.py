@@ -1,10 +1,10 @@
 """The real commands, small, on a CPU: data_prep, sft, grpo and eval through make and one by one, in fp32 and in NF4 with LoRA.
 
-`make train` runs once, as a user runs it. The other commands are forks of a process that has imported torch already, because
-the import takes longer than most of them do; each fork runs the script's own file with its own argv.
+`make train` runs once, as a user runs it; the other commands are those of commands.py.
 """
 
 import ast
+import contextlib
 import json
 import os
 import re
@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import ENVIRONMENT, ROOT, TIME_LIMIT, Commands, done, load, read, refused, write
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -29,11 +30,7 @@ import eval as evaluation
 import reward
 import sft
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("data_prep", "sft", "grpo", "eval")
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES")}
-ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200", "PYTHONWARNINGS": "ignore"}
-TIME_LIMIT = 60      # seconds of a command
 TOKENS = 80          # enough for the shortest traces
 
 # Eight training hands with one trace each: 100 steps of SFT learn enough of them for rewards above 0. It evaluates at its end alone,
@@ -42,98 +39,13 @@ SMALL_DATA = {"LOWEST": 3, "HIGHEST": 5, "VAL_HANDS": 3, "TEST_HANDS": 3, "TRACE
 SMALL_SFT = {"BATCH_TOKENS": 512, "EVAL_ROWS": 3, "MAX_NEW_TOKENS": TOKENS}
 SMALL_GRPO = {"PROMPTS_PER_STEP": 4, "GROUP_SIZE": 12, "MAX_NEW_TOKENS": TOKENS, "TEMPERATURE": 1.2}      # so that rewards differ
 TRAIN = {**SMALL_DATA, **SMALL_SFT, **SMALL_GRPO, "MODEL": "tiny", "SFT_STEPS": 100, "SFT_LR": 0.003, "MUON_LR": 0.003, "STEPS": 3, "EVAL_EVERY": 100,
-         "SFT_EVAL_EVERY": 100, "SAMPLES": 2, "BOOTSTRAP": 100, "THREADS": 1}
-
-SERVER = """
-import gc, json, os, runpy, signal, sys, traceback
-import bitsandbytes, matplotlib.pyplot, peft, torch, torch.utils.tensorboard
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
-gc.collect()
-gc.freeze()
-for line in sys.stdin:
-    job = json.loads(line)
-    pid = os.fork()
-    if not pid:
-        signal.alarm(job["limit"])
-        output = os.open(job["output"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
-            os.dup2(source, target)
-        sys.argv = job["argv"]
-        sys.path.insert(0, os.path.dirname(sys.argv[0]))
-        code = 0
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else print(stop.code) or 1
-        except BaseException:
-            code = traceback.print_exc() or 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)      # what an interpreter does at its end takes a second with torch
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-class Commands:
-    """Runs one script at a time in a fork of the server."""
-
-    def __init__(self, folder):
-        self.folder, self.count = folder, 0
-        self.server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
-
-    def start(self, script, *words, limit=TIME_LIMIT, **constants):
-        """Starts `python SCRIPT.py --name=value`, returns its process id."""
-        self.count += 1
-        self.output = self.folder / f"{self.count}-{script}.txt"
-        constants = constants if script == "data_prep" else {"threads": 1, **constants}
-        argv = [str(ROOT / f"{script}.py"), *words, *(f"--{name.lower()}={value}" for name, value in constants.items())]
-        self.server.stdin.write(json.dumps({"argv": argv, "output": str(self.output), "limit": limit}) + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
-
-    def wait(self):
-        code = int(self.server.stdout.readline())
-        return SimpleNamespace(code=code, output=self.output.read_text(encoding="utf-8"))
-
-    def __call__(self, script, *words, **constants):
-        self.start(script, *words, **constants)
-        return self.wait()
-
-
-def done(result):
-    """The output of a command that succeeded."""
-    assert result.code == 0, result.output
-    return result.output
-
-
-def refused(result):
-    """The output of a command that ended with a message: no success, no traceback, not its time limit."""
-    assert result.code > 0 and "Traceback" not in result.output, f"code {result.code}: {result.output}"
-    return result.output
-
+         "SFT_EVAL_EVERY": 100, "SAMPLES": 2, "BOOTSTRAP": 100, "EVAL_BATCH_TOKENS": 300, "THREADS": 1}
 
 def make(*words, **constants):
     # the environment of the test is the environment of the scripts: never install anything from here
     words = ["make", "-o", ".venv/ready", "-o", ".venv/ready-dev", *words, *(f"{name}={value}" for name, value in constants.items())]
     result = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return SimpleNamespace(code=result.returncode, output=result.stdout)
-
-
-def read(path):
-    """Objects of a jsonl file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
-def load(path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write(path, *rows):
-    """Writes rows, objects or text, as lines of a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def row(*numbers, **fields):
@@ -359,20 +271,29 @@ def test_greedy_results_do_not_depend_on_the_batch_size(run, root, trained):
         assert read(root / f"eval/{name}.jsonl")[:3] == read(trained / f"eval/{name}.jsonl")[:3]
 
 
-@pytest.mark.parametrize("script", ["sft", "grpo"])
-def test_killed_run_is_begun_anew(run, trained, tmp_path, script):
-    options = {"out": tmp_path, "data": trained / "data", "eval_every": 1}
-    options |= {"model": "tiny", **SMALL_SFT} if script == "sft" else {"sft": trained / "sft", **SMALL_GRPO}
-    folder = tmp_path / script
-    process, began = run.start(script, **options, steps=500), time.time()
-    while not (folder / "log.jsonl").is_file() and time.time() < began + TIME_LIMIT:
-        time.sleep(0.05)
-    os.kill(process, signal.SIGKILL)
-    assert run.wait().code == -signal.SIGKILL
-    assert (folder / "log.jsonl").is_file() and not (folder / "summary.json").exists()
-    done(run(script, **options, steps=2))
-    assert [entry["step"] for entry in read(folder / "log.jsonl")] == ([1, 2] if script == "sft" else [0, 1, 2])
-    assert load(folder / "summary.json")["steps"] == 2
+def test_make_train_goes_on_after_kills_and_ends_with_the_same_metrics(trained, tmp_path):
+    """SIGKILL to make and all that it started: in SFT, in GRPO and in the evaluation. Then `make train` as an undisturbed run."""
+    root = tmp_path / "run"
+    shutil.copytree(trained / "data", root / "data")
+    shutil.copy(trained / ".data_prep.flags", root)
+    words = ["make", "-o", ".venv/ready", "train", f"OUT={root}", *(f"{name}={value}" for name, value in TRAIN.items())]
+    for until in (lambda: len(read(root / "sft/log.jsonl")) > 30, lambda: len(read(root / "grpo/log.jsonl")) > 1, (root / "eval/sft.jsonl").is_file):
+        process = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        waited = time.time() + TIME_LIMIT
+        while time.time() < waited:
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                if until():
+                    break
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    output = done(make("train", OUT=root, **TRAIN))
+    assert "sft.py" not in output and "grpo.py" not in output
+    metrics, expected = load(root / "eval/metrics.json"), load(trained / "eval/metrics.json")
+    assert [m.pop("seconds") > 0 for m in (*metrics.values(), *expected.values())] == 4 * [True]
+    assert metrics == expected
+    for name in ("sft", "grpo"):
+        assert (root / name / "model.safetensors").read_bytes() == (trained / name / "model.safetensors").read_bytes()
 
 
 def test_grpo_refuses_a_killed_sft(run, root):
@@ -555,22 +476,38 @@ def test_missing_file_of_hands_is_named(run, root, script, option):
     assert f"{root}/none.txt" in refused(run(script, out=root, resume=0, **{option: f"{root}/none.txt"}))
 
 
-BAD_NUMBERS = ("[1, 2, 3]", '["1", "2", "3", "4"]', "[0, 1, 2, 3]", "[-1, 1, 2, 3]", "[1, 2, 3, 4.0]", "[1, 2, 3, NaN]", "[1, 2, 3, true]", "null")
+BAD_NUMBERS = ("[1, 2, 3]", '["1", "2", "3", "4"]', "[0, 1, 2, 3]", "[-1, 1, 2, 3]", "[1, 2, 3, 4.0]", "[1, 2, 3, true]", "null")
 
 
 @pytest.mark.parametrize("line, reason", [
-    ('{"prompt": "x", "completion": "y"', "delimiter"), ("[1, 2]", "an object is expected, not list"), ("", "Expecting value"),
+    ('{"prompt": "x", "completion": "y"', "delimiter"), ("[1, 2]", "an object is expected, not list"), ("x", "Expecting value"),
+    ('{"id": "x", "prompt": "x", "completion": "y", "numbers": [1, 2, 3, 4]}', "the id 'x' is that of line 1 too"),
+    ('{"prompt": "x", "prompt": "y", "completion": "y", "numbers": [1, 2, 3, 4]}', "the key 'prompt' is there twice"),
+    ('{"prompt": "x", "completion": "y", "numbers": [1, 2, 3, NaN]}', "NaN is no number"),
+    ('{"prompt": "x", "completion": "\\ud83d half", "numbers": [1, 2, 3, 4]}', "surrogates not allowed"),
+    ("[" * 100000, "recursion"), ('{"prompt": "x", "completion": "y", "numbers": [1, 2, 3, 4]}'.encode("utf-16"), "utf-8"),
     ('{"completion": "y", "numbers": [1, 2, 3, 4]}', "'prompt' must be a text"),
     ('{"prompt": "x", "completion": "", "numbers": [1, 2, 3, 4]}', "'completion' must be a text"),
     *((f'{{"prompt": "x", "completion": "y", "numbers": {numbers}}}', "four positive integers") for numbers in BAD_NUMBERS),
     ('{"prompt": "x", "completion": "y"}', "four positive integers"), (b'{"prompt": "\xe9"}', "utf-8")])
-def test_bad_row_is_named_with_file_line_and_reason(tmp_path, line, reason):
+def test_bad_row_is_named_with_file_line_and_reason(monkeypatch, capsys, tmp_path, line, reason):
     path = write(tmp_path / "rows.jsonl", row(4, 4, 4, 4, note="a line separator, \u2028, is no line end"))
     with open(path, "ab") as file:
         file.write((line if isinstance(line, bytes) else line.encode()) + b"\n")
     with pytest.raises(SystemExit, match=reason) as error:
         sft.read_rows(path, ("prompt", "completion"))
     assert str(error.value).startswith(f"{path}:2: ")
+    monkeypatch.setattr(sft, "STRICT", 0)
+    assert len(sft.read_rows(path, ("prompt", "completion"))) == 1
+    assert f"1 rows of {path} are bad and skipped, the first: {path}:2: " in capsys.readouterr().out
+
+
+def test_rows_that_are_accepted(tmp_path):
+    """A BOM, Windows line ends, blank lines, a last line without its end, text with line separators, emoji as an escaped pair."""
+    first, second = row(4, 4, 4, 4, id="a", note="\u2028 \u0085 \x0b"), row(3, 3, 8, 8, id="b", note="\U0001f600")
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(first, ensure_ascii=False).encode() + b"\r\n\r\n  \n" + json.dumps(second).encode())
+    assert sft.read_rows(path, ("prompt", "completion")) == [first, second]
 
 
 @pytest.mark.parametrize("script, split", [("sft", "train"), ("sft", "val"), ("grpo", "train"), ("grpo", "val"), ("eval", "test"), ("eval", "train")])
@@ -588,7 +525,7 @@ def test_bad_and_empty_data_stop_every_script(run, root, script, split):
 
 def test_samples_and_prompts_above_the_limit_are_counted_and_left_out(run, root):
     rows = read(root / "data/train.jsonl")
-    long = {**rows[0], "prompt": rows[0]["prompt"] + " please" * 300}
+    long = {**rows[0], "id": "long", "prompt": rows[0]["prompt"] + " please" * 300}
     write(root / "data/train.jsonl", *rows, long)
     options = {"out": root, "resume": 0, "steps": 1}
     output = done(run("sft", **options, model="tiny", **SMALL_SFT, max_tokens=250))
@@ -606,9 +543,13 @@ def test_eval_refuses_hands_that_were_trained_on(run, root):
     write(root / "data/test.jsonl", *rows, row(*numbers))
     assert numbers != train[0]["numbers"] or len(set(numbers)) == 1
     output = refused(run("eval", out=root, resume=0))
-    assert "1 of 4 test rows are in" in output and "train.jsonl" in output
+    assert f"1 of 4 rows of {root}/data/test.jsonl are in train.jsonl too" in output
     hands = write(root / "hands.txt", " ".join(map(str, numbers)))
-    assert "1 of 1 test rows are in" in refused(run("eval", out=root, resume=0, hands=hands))
+    assert f"1 of 1 rows of {hands} are in train.jsonl too" in refused(run("eval", out=root, resume=0, hands=hands))
+    for script, options in (("sft", {"model": "tiny"}), ("grpo", {})):
+        assert f"1 of 4 rows of {root}/data/test.jsonl are in train.jsonl too" in refused(run(script, out=root, resume=0, **options))
+    done(run("eval", out=root, resume=0, strict=0, samples=1, bootstrap=10, max_new_tokens=5))
+    assert load(root / "eval/metrics.json")["grpo"]["n"] == 3
 
 
 def test_eval_on_hands_of_a_file(run, root):
