@@ -438,7 +438,7 @@ def main() -> None:
     optimizer = adamw(parameters, betas=(0.9, 0.99))
     generator, random_order = torch.Generator().manual_seed(SEED), random.Random(SEED)
     # all that a step leaves for the next, beside the policy, the optimizer and the random number generators
-    run = SimpleNamespace(step=-1, order=[], running_mean=None, running_std=None, best=-1.0, best_step=-1, below=0, last=0.0, skipped=0, nonfinite=0,
+    run = SimpleNamespace(step=-1, order=[], running_mean=None, running_std=None, best=-1.0, bests=[], below=0, last=0.0, skipped=0, nonfinite=0,
                           spikes=0, norms=[], seconds=0.0)
     if checkpoint:
         load_checkpoint(checkpoint, folder, run, [optimizer])
@@ -462,7 +462,7 @@ def main() -> None:
 
     for step in tqdm(range(run.step + 1, STEPS + 1), desc="grpo", unit="step", dynamic_ncols=True, initial=run.step + 1, total=STEPS + 1):
         if run.below >= PATIENCE:
-            tqdm.write(f"val accuracy was below its best, {run.best:.3f} at step {run.best_step}, for {PATIENCE} evaluations: stopped")
+            tqdm.write(f"val accuracy was below its best, {run.best:.3f} at step {run.bests[-1]}, for {PATIENCE} evaluations: stopped")
             break
         log = {"step": step}
         if step:
@@ -556,7 +556,7 @@ def main() -> None:
             log |= {"val_lengths": [len(ids) for ids, _, _ in completions], "val_seconds": time.time() - clock}
             run.last, run.below = log["val_accuracy"], 0 if log["val_accuracy"] >= run.best else run.below + 1
             if run.last > run.best:
-                run.best, run.best_step = run.last, step
+                run.best, run.bests = run.last, run.bests + [step]
         run.step, run.seconds, run.generator, run.random_order = step, time.time() - began, generator.get_state(), random_order.getstate()
         log |= {"seconds": run.seconds, "peak_gib": peak_memory()}
         with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
@@ -565,7 +565,7 @@ def main() -> None:
             if name not in ("step", "val_lengths"):
                 writer.add_scalar(name, value, step)
         tqdm.write(f"step {step}  " + "  ".join(f"{name} {log[name]:.3f}" for name in SHOWN if name in log))
-        if step % SAVE_EVERY == 0 or step in (run.best_step, STEPS) or stop or run.nonfinite >= MAX_NONFINITE:
+        if step % SAVE_EVERY == 0 or step in (*run.bests, STEPS) or stop or run.nonfinite >= MAX_NONFINITE:
             save_checkpoint(folder, run, model, tokenizer, [optimizer])
         if run.nonfinite >= MAX_NONFINITE:
             sys.exit(f"{run.nonfinite} updates in a row were skipped, the last with loss {log['loss']} and gradient norm {log['grad_norm']}. The "
@@ -574,7 +574,7 @@ def main() -> None:
             sys.exit(128 + stop[0])
 
     writer.close()
-    finish_run(folder, {"steps": run.step, "best_step": run.best_step, "best_val_accuracy": run.best, "last_val_accuracy": run.last,
+    finish_run(folder, {"steps": run.step, "best_step": run.bests[-1], "best_val_accuracy": run.best, "last_val_accuracy": run.last,
                         "skipped": run.skipped, "seconds": run.seconds, "peak_gib": peak_memory()})
 
 
@@ -897,7 +897,8 @@ def save_checkpoint(folder: Path, run: SimpleNamespace, model, tokenizer, optimi
     """Writes folder/step-N: the policy as transformers or peft reads it, the logs, and state.pt with all else that the next step needs.
 
     Aside first, flushed to the disk, its manifest of sizes and sha256 last, then renamed and read back. Only then older ones go, but
-    for the last KEEP_LAST and the best, whose policy is copied to the run folder. Exits where it cannot be written, the older ones intact.
+    for the last KEEP_LAST and what was the best at each of them. A new best policy is copied to the run folder. Exits where it cannot be
+    written, the older ones intact.
     """
     aside, place = folder / "saving", folder / f"step-{run.step}"
     shutil.rmtree(aside, ignore_errors=True)
@@ -917,13 +918,14 @@ def save_checkpoint(folder: Path, run: SimpleNamespace, model, tokenizer, optimi
         flush(folder)
         if damage(place):
             raise OSError(f"read back, {damage(place)}")
-        if run.step == run.best_step:
+        if run.step in run.bests:
             publish(place, folder)
     except (OSError, RuntimeError, SafetensorError) as error:       # on a full disk torch and safetensors raise the latter two
         shutil.rmtree(aside, ignore_errors=True)
         sys.exit(f"{place} could not be written: {error}\nThe checkpoints before it are as they were. Make room, then start again: the run goes on")
     older = [step for step in checkpoint_steps(folder) if step <= run.step]
-    for step in set(older[:-KEEP_LAST]) - {run.best_step}:
+    best_then = {max(best for best in run.bests if best <= step) for step in older[-KEEP_LAST:] if step >= min(run.bests, default=math.inf)}
+    for step in set(older[:-KEEP_LAST]) - best_then:
         shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
 
 
@@ -992,11 +994,11 @@ def load_checkpoint(checkpoint: Path, folder: Path, run: SimpleNamespace, optimi
             os.replace(folder / "saving", folder / name)
         else:
             (folder / name).unlink(missing_ok=True)
-    best = folder / f"step-{run.best_step}"
-    if run.best_step >= 0 and not damage(best):
-        publish(best, folder)
-    elif run.best_step >= 0 and (damage(folder) or json.loads((folder / "manifest.json").read_bytes())["step"] != run.best_step):
-        sys.exit(f"the best policy, of step {run.best_step}, is damaged, in {best} and in {folder}. RESUME=0 starts the run anew")
+    for best in run.bests[-1:]:
+        if not damage(folder / f"step-{best}"):
+            publish(folder / f"step-{best}", folder)
+        elif damage(folder) or json.loads((folder / "manifest.json").read_bytes())["step"] != best:
+            sys.exit(f"the best policy, of step {best}, is damaged, in {folder}/step-{best} and in {folder}. RESUME=0 starts the run anew")
 
 
 def catch_signals() -> list[int]:

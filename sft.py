@@ -273,7 +273,7 @@ def main() -> None:
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     rng = random.Random(SEED)
     # all that a step leaves for the next, beside the policy, the optimizers and the random number generators
-    run = SimpleNamespace(step=0, order=[], random_order=rng.getstate(), best=float("inf"), best_step=-1, best_log={}, tokens=0, skipped=0,
+    run = SimpleNamespace(step=0, order=[], random_order=rng.getstate(), best=float("inf"), bests=[], best_log={}, tokens=0, skipped=0,
                           nonfinite=0, spikes=0, norms=[], seconds=0.0)
     if checkpoint:
         load_checkpoint(checkpoint, folder, run, optimizers)
@@ -310,14 +310,14 @@ def main() -> None:
         if step % EVAL_EVERY == 0 or step == STEPS:
             log |= evaluate(model, tokenizer, val_samples, val)
             if log.get("val_loss", -log["val_accuracy"]) < run.best:         # by accuracy where val has no completions
-                run.best, run.best_step, run.best_log = log.get("val_loss", -log["val_accuracy"]), step, log
+                run.best, run.bests, run.best_log = log.get("val_loss", -log["val_accuracy"]), run.bests + [step], log
         with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(log) + "\n")
         for name, value in log.items():
             writer.add_scalar(name, value, step)
         if step % LOG_EVERY == 0 or "val_loss" in log:
             tqdm.write("  ".join(f"{name} {value:.5g}" for name, value in log.items()))
-        if step % SAVE_EVERY == 0 or step in (run.best_step, STEPS) or stop or run.nonfinite >= MAX_NONFINITE:
+        if step % SAVE_EVERY == 0 or step in (*run.bests, STEPS) or stop or run.nonfinite >= MAX_NONFINITE:
             save_checkpoint(folder, run, model, tokenizer, optimizers)
         if run.nonfinite >= MAX_NONFINITE:
             sys.exit(f"{run.nonfinite} updates in a row were skipped, the last with loss {loss} and gradient norm {float(norm)}. The weights of the "
@@ -648,7 +648,8 @@ def save_checkpoint(folder: Path, run: SimpleNamespace, model, tokenizer, optimi
     """Writes folder/step-N: the policy as transformers or peft reads it, the logs, and state.pt with all else that the next step needs.
 
     Aside first, flushed to the disk, its manifest of sizes and sha256 last, then renamed and read back. Only then older ones go, but
-    for the last KEEP_LAST and the best, whose policy is copied to the run folder. Exits where it cannot be written, the older ones intact.
+    for the last KEEP_LAST and what was the best at each of them. A new best policy is copied to the run folder. Exits where it cannot be
+    written, the older ones intact.
     """
     aside, place = folder / "saving", folder / f"step-{run.step}"
     shutil.rmtree(aside, ignore_errors=True)
@@ -668,13 +669,14 @@ def save_checkpoint(folder: Path, run: SimpleNamespace, model, tokenizer, optimi
         flush(folder)
         if damage(place):
             raise OSError(f"read back, {damage(place)}")
-        if run.step == run.best_step:
+        if run.step in run.bests:
             publish(place, folder)
     except (OSError, RuntimeError, SafetensorError) as error:       # on a full disk torch and safetensors raise the latter two
         shutil.rmtree(aside, ignore_errors=True)
         sys.exit(f"{place} could not be written: {error}\nThe checkpoints before it are as they were. Make room, then start again: the run goes on")
     older = [step for step in checkpoint_steps(folder) if step <= run.step]
-    for step in set(older[:-KEEP_LAST]) - {run.best_step}:
+    best_then = {max(best for best in run.bests if best <= step) for step in older[-KEEP_LAST:] if step >= min(run.bests, default=math.inf)}
+    for step in set(older[:-KEEP_LAST]) - best_then:
         shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
 
 
@@ -743,11 +745,11 @@ def load_checkpoint(checkpoint: Path, folder: Path, run: SimpleNamespace, optimi
             os.replace(folder / "saving", folder / name)
         else:
             (folder / name).unlink(missing_ok=True)
-    best = folder / f"step-{run.best_step}"
-    if run.best_step >= 0 and not damage(best):
-        publish(best, folder)
-    elif run.best_step >= 0 and (damage(folder) or json.loads((folder / "manifest.json").read_bytes())["step"] != run.best_step):
-        sys.exit(f"the best policy, of step {run.best_step}, is damaged, in {best} and in {folder}. RESUME=0 starts the run anew")
+    for best in run.bests[-1:]:
+        if not damage(folder / f"step-{best}"):
+            publish(folder / f"step-{best}", folder)
+        elif damage(folder) or json.loads((folder / "manifest.json").read_bytes())["step"] != best:
+            sys.exit(f"the best policy, of step {best}, is damaged, in {folder}/step-{best} and in {folder}. RESUME=0 starts the run anew")
 
 
 def catch_signals() -> list[int]:

@@ -260,7 +260,7 @@ def test_a_run_without_a_whole_checkpoint_is_refused_and_left_as_it_is(run, base
 
 @pytest.mark.parametrize("where", ["checkpoint", "run", "both"])
 def test_best_policy_outlives_damage_of_one_copy(run, base, undisturbed, cut, where):
-    best = torch.load(cut / "grpo/step-6/state.pt", weights_only=True)["run"]["best_step"]
+    best = torch.load(cut / "grpo/step-6/state.pt", weights_only=True)["run"]["bests"][-1]
     assert best < 5 and (cut / f"grpo/step-{best}").is_dir()
     for folder in {"checkpoint": [f"step-{best}"], "run": [""], "both": [f"step-{best}", ""]}[where]:
         flip(cut / "grpo" / folder / "model.safetensors")
@@ -270,6 +270,18 @@ def test_best_policy_outlives_damage_of_one_copy(run, base, undisturbed, cut, wh
     else:
         done(result)
         same(load_file(cut / "grpo/model.safetensors"), load_file(undisturbed("grpo", "fp32") / "model.safetensors"))
+
+
+def test_best_of_the_checkpoint_before_outlives_a_new_best(run, base, undisturbed, tmp_path):
+    """Step 9 is a new best and is damaged: step 8, which is used, had another one."""
+    settings = options(base, "sft", "fp32")
+    run.start("sft", out=tmp_path, before=die("torch.save", 8), **settings)
+    assert run.wait().code == -signal.SIGKILL
+    assert torch.load(tmp_path / "sft/step-9/state.pt", weights_only=True)["run"]["bests"] == [3, 6, 9]
+    assert sft.checkpoint_steps(tmp_path / "sft") == [6, 8, 9]
+    flip(tmp_path / "sft/step-9/state.pt")
+    assert "goes on after step 8" in done(run("sft", out=tmp_path, **settings))
+    same_runs(tmp_path / "sft", undisturbed("sft", "fp32"))
 
 
 class Touch:
@@ -316,7 +328,7 @@ def test_other_constants_data_or_base_are_refused_with_the_difference(run, base,
 def test_what_changes_no_result_may_change(run, base, undisturbed, cut):
     done(run("grpo", out=cut, micro_batch_tokens=100000, save_every=3, keep_last=1, **options(base, "grpo", "fp32")))
     ended = torch.load(cut / "grpo/step-8/state.pt", weights_only=True)["run"]
-    assert sft.checkpoint_steps(cut / "grpo") == sorted({ended["best_step"], 8})
+    assert sft.checkpoint_steps(cut / "grpo") == sorted({ended["bests"][-1], 8})
     assert len(read(cut / "grpo/log.jsonl")) == 9 == len(read(undisturbed("grpo", "fp32") / "log.jsonl"))
 
 
