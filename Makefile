@@ -36,7 +36,7 @@ ifneq ($(word 2,$(OUT) $(DATA) x)$(word 3,$(OUT) $(DATA)),$(DATA))
 $(error OUT and DATA must be paths without spaces)
 endif
 
-.PHONY: help train data sft grpo eval plots ask export test lint clean FORCE
+.PHONY: help train data sft grpo eval plots ask export test lint soak audit clean FORCE
 .DELETE_ON_ERROR:
 
 help:             ## list the targets
@@ -95,6 +95,14 @@ test: .venv/ready-dev lint   ## all tests
 
 lint: .venv/ready-dev      ## ruff
 	.venv/bin/ruff check .
+
+soak: .venv/ready-dev        ## kill and damage training runs at random, compare their ends with undisturbed ones
+	OMP_NUM_THREADS=1 .venv/bin/python tests/soak.py
+
+audit: .venv/ready         ## known vulnerabilities of the installed packages, by pip-audit
+	$(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/pip install --quiet pip-audit==2.10.1
+	.venv/audit/bin/pip-audit --path .venv/lib/python*/site-packages
 
 clean:            ## remove the environment and caches; runs/ stays
 	rm -rf .venv __pycache__ tests/__pycache__ .pytest_cache .ruff_cache .hypothesis

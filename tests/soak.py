@@ -8,6 +8,7 @@ restarts the newest checkpoint gets a flipped bit, or a file of it is cut or rem
 flipped bit; one whole checkpoint is always left.
 """
 
+import contextlib
 import os
 import random
 import re
@@ -54,7 +55,8 @@ def soak(run, script, settings, root, kills, rng):
         if kill < kills:
             time.sleep(rng.uniform(0.2, 4))
             number = signal.SIGTERM if rng.random() < 0.2 else signal.SIGKILL
-            os.kill(process, number)
+            with contextlib.suppress(ProcessLookupError):           # it has ended
+                os.kill(process, number)
         result = run.wait()
         on = re.search(r"goes on after step (\d+)", result.output)
         if on:

@@ -453,7 +453,7 @@ def test_make_refuses_an_unknown_constant_at_once(name, near):
 
 def test_make_help_lists_the_targets():
     output = done(make("help"))
-    for target in ("train", "data", "sft", "grpo", "eval", "plots", "ask", "export", "test", "lint", "clean", "help"):
+    for target in ("train", "data", "sft", "grpo", "eval", "plots", "ask", "export", "test", "lint", "soak", "audit", "clean", "help"):
         line, = re.findall(rf"^make {target} +(.+)$", output, re.MULTILINE)
         comment, = re.findall(rf"^{target}:.*## (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert line == comment
