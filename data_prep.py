@@ -278,7 +278,7 @@ def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str
     header = {"constants": constants, "inputs": inputs | {path.name: sha256(path) for path in sources}, "device": device,
               "python": platform.python_version(), "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}}
     run, finished = folder / "run.json", (folder / "summary.json").is_file()
-    if folder.is_dir() and any(path.suffix != ".png" for path in folder.iterdir()) and not run.is_file():
+    if folder.is_dir() and any(path.suffix not in (".png", ".tmp") for path in folder.iterdir()) and not run.is_file():
         sys.exit(f"{folder} holds files that are not of a run: choose another OUT=")
     if RESUME and (finished or any(folder.glob("*.jsonl"))):
         try:
@@ -296,11 +296,15 @@ def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str
             print(f"{folder} is complete: nothing to do")
             sys.exit(0)
         return True
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    replaced = folder.parent / f".{folder.name}.replaced"
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.is_dir():
+        os.rename(folder, replaced)         # at once: half a folder would be nobody's
+    folder.mkdir()
     write_json(run, header)
     for source in sources:
         shutil.copy(source, folder)
+    shutil.rmtree(replaced, ignore_errors=True)
     print("\n".join(f"{name} = {value!r}" for name, value in constants.items()))
     return False
 

@@ -38,7 +38,7 @@ SFT = ""                     # the policy before GRPO; empty: OUT/sft
 POLICIES = ""                # name=folder-or-hub-model,name=...; empty: sft=SFT,grpo=OUT/grpo
 REVISION = ""                # commit, tag or branch of a hub model; empty: the default branch
 SPLIT = "test"               # test or val
-HANDS = ""                   # file of hands, one a line, instead of the split
+HANDS = ""                   # file of hands, one a line, instead of the split; hands.txt goes to OUT/eval-hands
 RESUME = 1                   # 0: start anew where an evaluation is, finished or cut off
 STRICT = 1                   # 0: bad rows of the data are skipped and counted, not refused
 SEED = 0
@@ -375,7 +375,7 @@ def export(place: str, folder: Path) -> None:
 def main() -> None:
     constants = override_constants(sys.argv[1:], is_tiny)
     root = Path(OUT or f"runs/{TASK}")
-    folder, data, log = root / "eval", Path(DATA or root / "data"), read_log(root / "grpo/log.jsonl")
+    folder, data, log = root / (f"eval-{Path(HANDS).stem}" if HANDS else "eval"), Path(DATA or root / "data"), read_log(root / "grpo/log.jsonl")
     torch.set_num_threads(THREADS or os.cpu_count())
     if (ASK or HANDS) and TASK != "game24":
         sys.exit(f"ASK= and HANDS= are for TASK=game24, not {TASK}")
@@ -535,13 +535,11 @@ def override_constants(argv: list[str], is_tiny=lambda given: False) -> dict:
 
 
 def is_tiny(given: dict) -> bool:
-    """Whether the TINY constants hold: the first policy, or the run, began as MODEL=tiny."""
+    """Whether the TINY constants hold: the first policy began as MODEL=tiny."""
     root = given.get("OUT", OUT) or f"runs/{given.get('TASK', TASK)}"
     first = (given.get("POLICIES", POLICIES) or "sft=").split(",")[0].split("=", 1)[-1] or given.get("SFT", SFT) or f"{root}/sft"
-    run = Path(first, "run.json")
-    constants = json.loads(run.read_text(encoding="utf-8"))["constants"] if run.is_file() else {}
-    return constants.get("MODEL") == "tiny" or ("MODEL" not in constants and Path(root, "sft/run.json").is_file()
-                                                and '"MODEL": "tiny"' in Path(root, "sft/run.json").read_text(encoding="utf-8"))
+    config = Path(first, "config.json")
+    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("tiny"))
 
 
 def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str) -> bool:
@@ -564,7 +562,7 @@ def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str
     header = {"constants": constants, "inputs": inputs | {path.name: sha256(path) for path in sources}, "device": device,
               "python": platform.python_version(), "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}}
     run, finished = folder / "run.json", (folder / "summary.json").is_file()
-    if folder.is_dir() and any(path.suffix != ".png" for path in folder.iterdir()) and not run.is_file():
+    if folder.is_dir() and any(path.suffix not in (".png", ".tmp") for path in folder.iterdir()) and not run.is_file():
         sys.exit(f"{folder} holds files that are not of a run: choose another OUT=")
     if RESUME and (finished or any(folder.glob("*.jsonl"))):
         try:
@@ -582,11 +580,15 @@ def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str
             print(f"{folder} is complete: nothing to do")
             sys.exit(0)
         return True
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    replaced = folder.parent / f".{folder.name}.replaced"
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.is_dir():
+        os.rename(folder, replaced)         # at once: half a folder would be nobody's
+    folder.mkdir()
     write_json(run, header)
     for source in sources:
         shutil.copy(source, folder)
+    shutil.rmtree(replaced, ignore_errors=True)
     print("\n".join(f"{name} = {value!r}" for name, value in constants.items()))
     return False
 

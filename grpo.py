@@ -381,7 +381,7 @@ def generate(model, rows: list[dict], prompts: list[list[int]], eos_ids: list[in
             made.append((ids, text, scores))
     if failed:
         tqdm.write(f"no reward for {len(failed)} of {len(made)} completions, the first: {failed[0]}")
-        if len(failed) > MAX_NO_REWARD * len(made):
+        if len(failed) > MAX_NO_REWARD * len(made) or len(failed) == len(made):
             sys.exit(f"that is more than MAX_NO_REWARD={MAX_NO_REWARD}: mend the reward of TASK={TASK}, then begin anew, with RESUME=0")
     return made
 
@@ -718,8 +718,8 @@ def override_constants(argv: list[str], is_tiny=lambda given: False) -> dict:
 def is_tiny(given: dict) -> bool:
     """Whether the TINY constants hold: the policy to start from began as MODEL=tiny."""
     root = given.get("OUT", OUT) or f"runs/{given.get('TASK', TASK)}"
-    run = Path(given.get("SFT", SFT) or f"{root}/sft", "run.json")
-    return run.is_file() and json.loads(run.read_text(encoding="utf-8"))["constants"].get("MODEL") == "tiny"
+    config = Path(given.get("SFT", SFT) or f"{root}/sft", "config.json")
+    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("tiny"))
 
 
 def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str) -> bool:
@@ -742,7 +742,7 @@ def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str
     header = {"constants": constants, "inputs": inputs | {path.name: sha256(path) for path in sources}, "device": device,
               "python": platform.python_version(), "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}}
     run, finished = folder / "run.json", (folder / "summary.json").is_file()
-    if folder.is_dir() and any(path.suffix != ".png" for path in folder.iterdir()) and not run.is_file():
+    if folder.is_dir() and any(path.suffix not in (".png", ".tmp") for path in folder.iterdir()) and not run.is_file():
         sys.exit(f"{folder} holds files that are not of a run: choose another OUT=")
     if RESUME and (finished or any(folder.glob("*.jsonl"))):
         try:
@@ -760,11 +760,15 @@ def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str
             print(f"{folder} is complete: nothing to do")
             sys.exit(0)
         return True
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    replaced = folder.parent / f".{folder.name}.replaced"
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.is_dir():
+        os.rename(folder, replaced)         # at once: half a folder would be nobody's
+    folder.mkdir()
     write_json(run, header)
     for source in sources:
         shutil.copy(source, folder)
+    shutil.rmtree(replaced, ignore_errors=True)
     print("\n".join(f"{name} = {value!r}" for name, value in constants.items()))
     return False
 
@@ -941,7 +945,7 @@ def publish(checkpoint: Path, folder: Path) -> None:
     """Copies the policy of a checkpoint to the run folder, where the next stage looks for it: each file is renamed into place."""
     aside = folder / "saving"
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(checkpoint, aside, ignore=shutil.ignore_patterns("state.pt", "*.jsonl", "manifest.json"))
+    shutil.copytree(checkpoint, aside, ignore=shutil.ignore_patterns("state.pt", "*.jsonl", "run.json", "manifest.json"))
     seal(aside, int(checkpoint.name[5:]))
     for file in sorted(aside.iterdir(), key=lambda path: path.name == "manifest.json"):
         os.replace(file, folder / file.name)

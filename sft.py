@@ -102,7 +102,7 @@ def new_tiny_model(rows: list[dict]):
 
     tokenizer = tiny_tokenizer([f"{row['prompt']} {row['completion']}" for row in rows])
     config = Qwen2Config(vocab_size=len(tokenizer), **TINY_SHAPE, max_position_embeddings=2048, tie_word_embeddings=True,
-                         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+                         tiny=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager"), tokenizer
 
 
@@ -493,7 +493,7 @@ def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str
     header = {"constants": constants, "inputs": inputs | {path.name: sha256(path) for path in sources}, "device": device,
               "python": platform.python_version(), "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}}
     run, finished = folder / "run.json", (folder / "summary.json").is_file()
-    if folder.is_dir() and any(path.suffix != ".png" for path in folder.iterdir()) and not run.is_file():
+    if folder.is_dir() and any(path.suffix not in (".png", ".tmp") for path in folder.iterdir()) and not run.is_file():
         sys.exit(f"{folder} holds files that are not of a run: choose another OUT=")
     if RESUME and (finished or any(folder.glob("*.jsonl"))):
         try:
@@ -511,11 +511,15 @@ def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str
             print(f"{folder} is complete: nothing to do")
             sys.exit(0)
         return True
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    replaced = folder.parent / f".{folder.name}.replaced"
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.is_dir():
+        os.rename(folder, replaced)         # at once: half a folder would be nobody's
+    folder.mkdir()
     write_json(run, header)
     for source in sources:
         shutil.copy(source, folder)
+    shutil.rmtree(replaced, ignore_errors=True)
     print("\n".join(f"{name} = {value!r}" for name, value in constants.items()))
     return False
 
@@ -692,7 +696,7 @@ def publish(checkpoint: Path, folder: Path) -> None:
     """Copies the policy of a checkpoint to the run folder, where the next stage looks for it: each file is renamed into place."""
     aside = folder / "saving"
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(checkpoint, aside, ignore=shutil.ignore_patterns("state.pt", "*.jsonl", "manifest.json"))
+    shutil.copytree(checkpoint, aside, ignore=shutil.ignore_patterns("state.pt", "*.jsonl", "run.json", "manifest.json"))
     seal(aside, int(checkpoint.name[5:]))
     for file in sorted(aside.iterdir(), key=lambda path: path.name == "manifest.json"):
         os.replace(file, folder / file.name)

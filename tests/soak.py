@@ -24,7 +24,11 @@ from test_resume import DATA, GRPO, SFT, flip, same_runs
 
 import sft
 
-LONG = {"sft": {**SFT, "steps": 600, "save_every": 5, "eval_every": 50}, "grpo": {**GRPO, "steps": 250, "eval_every": 10}}
+# Long enough for 50 kills, each after a second or two
+RUNS = {("sft", "fp32"): {**SFT, "model": "tiny", "steps": 1500, "save_every": 5, "eval_every": 100},
+        ("sft", "nf4-lora"): {**SFT, "model": "{}/sft", "lora_rank": 4, "steps": 700, "save_every": 5, "eval_every": 100},
+        ("grpo", "fp32"): {**GRPO, "sft": "{}/sft", "steps": 400, "eval_every": 20},
+        ("grpo", "nf4-lora"): {**GRPO, "sft": "{}/lora/sft", "steps": 250, "eval_every": 20}}
 
 
 def spoil(path: Path, rng: random.Random) -> None:
@@ -53,7 +57,7 @@ def soak(run, script, settings, root, kills, rng):
     for kill in range(kills + 1):
         process = run.start(script, out=root, limit=600, **settings)
         if kill < kills:
-            time.sleep(rng.uniform(0.2, 4))
+            time.sleep(rng.uniform(0.2, 3))
             number = signal.SIGTERM if rng.random() < 0.2 else signal.SIGKILL
             with contextlib.suppress(ProcessLookupError):           # it has ended
                 os.kill(process, number)
@@ -80,15 +84,13 @@ def main():
         done(run("data_prep", out=root, **DATA))
         done(run("sft", out=root, model="tiny", **{**SFT, "steps": 150, "eval_every": 150, "lr": 0.003, "muon_lr": 0.003}))
         done(run("sft", out=root / "lora", data=root / "data", model=root / "sft", lora_rank=4, **{**SFT, "steps": 2}))
-        for script in ("sft", "grpo"):
-            for weights, model in (("fp32", {"sft": {"model": "tiny"}, "grpo": {"sft": root / "sft"}}),
-                                   ("nf4 lora", {"sft": {"model": root / "sft", "lora_rank": 4}, "grpo": {"sft": root / "lora/sft"}})):
-                began, settings, name = time.time(), LONG[script] | model[script] | {"data": root / "data"}, weights.replace(" ", "-")
-                run.start(script, out=root / f"{name}-whole", limit=600, **settings)
-                done(run.wait())
-                found = soak(run, script, settings, root / f"{name}-cut", kills, rng)
-                same_runs(root / f"{name}-cut" / script, root / f"{name}-whole" / script)
-                print(f"{script} {weights}: {found}, then bit for bit as undisturbed ({time.time() - began:.0f} s)", flush=True)
+        for (script, weights), constants in RUNS.items():
+            began, settings = time.time(), {name: str(value).format(root) for name, value in constants.items()} | {"data": root / "data"}
+            run.start(script, out=root / f"{weights}-whole", limit=600, **settings)
+            done(run.wait())
+            found = soak(run, script, settings, root / f"{weights}-cut", kills, rng)
+            same_runs(root / f"{weights}-cut" / script, root / f"{weights}-whole" / script, every=False)
+            print(f"{script} {weights}: {found}, then bit for bit as undisturbed ({time.time() - began:.0f} s)", flush=True)
 
 
 if __name__ == "__main__":

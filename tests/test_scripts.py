@@ -94,6 +94,9 @@ def pretrained(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrained")
     for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(trained / "sft" / name, folder)
+    config = load(folder / "config.json")
+    assert config.pop("tiny")
+    write(folder / "config.json", config)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{{ '\n' }}{% endfor %}"
     tokenizer.save_pretrained(folder)
@@ -294,6 +297,14 @@ def test_make_train_goes_on_after_kills_and_ends_with_the_same_metrics(trained, 
     assert metrics == expected
     for name in ("sft", "grpo"):
         assert (root / name / "model.safetensors").read_bytes() == (trained / name / "model.safetensors").read_bytes()
+
+
+def test_a_policy_of_the_tiny_model_is_known_as_such_wherever_it_lies(run, trained, tmp_path):
+    shutil.copytree(trained / "grpo", tmp_path / "policy", ignore=shutil.ignore_patterns("run.json", "step-*"))
+    output = done(run("grpo", out=tmp_path, data=trained / "data", sft=tmp_path / "policy", steps=1, **SMALL_GRPO))
+    assert "LORA_RANK = 0\n" in output and "TOP_P = 1.0\n" in output
+    settings = {"samples": 1, "bootstrap": 10, "max_new_tokens": 5}
+    assert "BF16 = 0\n" in done(run("eval", out=tmp_path, data=trained / "data", policies=f"mine={tmp_path / 'policy'}", **settings))
 
 
 def test_grpo_refuses_a_killed_sft(run, root):
@@ -554,8 +565,9 @@ def test_eval_refuses_hands_that_were_trained_on(run, root):
 
 def test_eval_on_hands_of_a_file(run, root):
     hands = write(root / "hands.txt", "1 1 11 11", "", "10, 10, 4, 4")
-    done(run("eval", out=root, resume=0, hands=hands, samples=1, bootstrap=10, max_new_tokens=5))
-    assert [c["prompt"] for c in read(root / "eval/grpo.jsonl")] == 2 * ["Make 24 from 1 1 11 11", "Make 24 from 10 10 4 4"]
+    done(run("eval", out=root, hands=hands, samples=1, bootstrap=10, max_new_tokens=5))
+    assert load(root / "eval/metrics.json")["grpo"]["hands"] == 3       # of the test split, as it was
+    assert [c["prompt"] for c in read(root / "eval-hands/grpo.jsonl")] == 2 * ["Make 24 from 1 1 11 11", "Make 24 from 10 10 4 4"]
     write(hands, "1 1 11 11", "1 1 x 11")
     assert f"{hands}:2: numbers must be" in refused(run("eval", out=root, resume=0, hands=hands))
     write(hands, "")
