@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import reward
@@ -449,7 +450,7 @@ def load_model(path: str, trainable: bool):
         source = {"revision": REVISION or None, "trust_remote_code": False}
         tokenizer = (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(path if config.is_file() else base, **source)
         model, found = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **source, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         sys.exit(f"cannot load the model {base!r}: {str(error).splitlines()[0]}\nUse MODEL=tiny, which needs no download, or the path of "
                  "a folder that holds config.json, model.safetensors and the tokenizer")
     if found["missing_keys"] or found["mismatched_keys"]:

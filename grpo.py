@@ -26,6 +26,7 @@ import shutil
 import signal
 import statistics
 import sys
+import threading
 import time
 import warnings
 from importlib.metadata import version
@@ -615,7 +616,7 @@ def load_model(path: str, trainable: bool):
         source = {"revision": REVISION or None, "trust_remote_code": False}
         tokenizer = (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(path if config.is_file() else base, **source)
         model, found = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **source, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         sys.exit(f"cannot load the model {base!r}: {str(error).splitlines()[0]}\nUse MODEL=tiny, which needs no download, or the path of "
                  "a folder that holds config.json, model.safetensors and the tokenizer")
     if found["missing_keys"] or found["mismatched_keys"]:
@@ -958,17 +959,22 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are those of its manifest; damaged ones are named. None where a run was cut off before its first.
+    """The newest checkpoint whose files are those of its manifest. None where a run was cut off before its first.
 
-    Exits where there are damaged ones alone: a run never starts again from its first step by itself.
+    Newer ones that are damaged are named, and renamed to damaged-N. Exits where there are only damaged ones: a run never starts again from
+    its first step by itself.
     """
-    steps, log = checkpoint_steps(folder), folder / "log.jsonl"
+    steps, log, damaged = checkpoint_steps(folder), folder / "log.jsonl", []
     for step in reversed(steps):
         found = damage(folder / f"step-{step}")
         if not found:
             print(f"{folder}: goes on after step {step}")
+            for other in damaged:           # or it would count as one of those to keep
+                shutil.rmtree(folder / f"damaged-{other}", ignore_errors=True)
+                os.rename(folder / f"step-{other}", folder / f"damaged-{other}")
             return folder / f"step-{step}"
         print(f"{folder}/step-{step} is damaged and not used: {found}")
+        damaged.append(step)
     if steps or (log.is_file() and log.read_bytes().count(b"\n") > 1):
         sys.exit(f"{folder} is a run that was cut off, and has no checkpoint that is whole. RESUME=0 starts it anew")
     log.unlink(missing_ok=True)
@@ -1010,20 +1016,24 @@ def catch_signals() -> list[int]:
 
     Those within a second count as one: Ctrl-C and batch systems may reach a process twice, the other time through make.
     """
-    received, times = [], []
+    received, (read_end, write_end) = [], os.pipe()
 
-    def note(number, frame):
-        times.append(time.monotonic())
-        if not received:
-            received.append(number)
-            os.write(2, b"\nstops after this step, with a checkpoint; a second signal quits at once\n")
-        elif times[-1] - times[0] > 1:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+    def watch():            # a thread learns of a signal at once, also while the main one is deep in torch
+        first = 0.0
+        while number := os.read(read_end, 1)[0]:
+            if not received:
+                first = time.monotonic()
+                received.append(number)
+                os.write(2, b"\nstops after this step, with a checkpoint; a second signal quits at once\n")
+            elif time.monotonic() - first > 1:
+                os._exit(128 + number)
 
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:          # as nohup sets it
-            signal.signal(number, note)
+            signal.signal(number, lambda *_: None)
+    threading.Thread(target=watch, daemon=True).start()
     return received
 
 

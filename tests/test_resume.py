@@ -114,7 +114,7 @@ def same_runs(a, b, every=True):
     steps = sft.checkpoint_steps(a) if every else sft.checkpoint_steps(a)[-1:]
     assert steps and steps == sft.checkpoint_steps(b)[-len(steps):]
     if every:
-        assert sorted(path.name for path in a.iterdir()) == sorted(path.name for path in b.iterdir())
+        assert sorted(path.name for path in a.iterdir() if "damaged" not in path.name) == sorted(path.name for path in b.iterdir())
     for folder in (Path("."), *(Path(f"step-{step}") for step in steps)):
         assert not sft.damage(a / folder) and not sft.damage(b / folder)
         for file in [path.relative_to(a) for path in (a / folder).iterdir() if path.is_file()]:
@@ -180,7 +180,7 @@ def test_second_signal_quits_at_once(run, base, tmp_path):
     time.sleep(1.2)
     sent = time.time()
     os.kill(process, signal.SIGINT)
-    assert run.wait().code == -signal.SIGINT and time.time() - sent < 1.5
+    assert run.wait().code == 130 and time.time() - sent < 1.5
 
 
 def test_nohup_stays_ignored(run, base, tmp_path):
@@ -244,7 +244,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(run, base, undis
     assert sft.checkpoint_steps(cut / "grpo")[-2:] == [5, 6]
     DAMAGE[how](cut / "grpo/step-6")
     output = done(run("grpo", out=cut, **options(base, "grpo", "fp32")))
-    assert f"{cut}/grpo/step-6 is damaged and not used: " in output and "goes on after step 5" in output
+    assert f"{cut}/grpo/step-6 is damaged and not used: " in output and "goes on after step 5" in output and (cut / "grpo/damaged-6").is_dir()
     same_runs(cut / "grpo", undisturbed("grpo", "fp32"))
 
 
@@ -474,13 +474,16 @@ def test_broken_adapter_never_stands_for_the_policy(run, base, tmp_path, fault, 
         assert message.format(folder) in output, output
 
 
-@pytest.mark.parametrize("fault, message", [("half the weights", "lack "), ("pickle", "cannot load the model"), ("code", "cannot load the model")])
+@pytest.mark.parametrize("fault, message", [
+    ("half the weights", "lack "), ("half a file", "cannot load the model"), ("pickle", "cannot load the model"), ("code", "cannot load the model")])
 def test_model_that_is_not_whole_or_brings_code_is_refused(run, base, tmp_path, fault, message):
     folder = shutil.copytree(base / "sft", tmp_path / "model", ignore=shutil.ignore_patterns("step-*", "tensorboard", "manifest.json"))
     weights = folder / "model.safetensors"
     tensors = load_file(weights)
     if fault == "half the weights":
         save_file(dict(list(tensors.items())[:-5]), weights, metadata={"format": "pt"})
+    elif fault == "half a file":
+        os.truncate(weights, 1000)
     elif fault == "pickle":
         weights.unlink()
         torch.save(tensors, folder / "pytorch_model.bin")
