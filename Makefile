@@ -5,6 +5,7 @@ TASK = game24
 OUT = runs/$(TASK)
 DATA = $(OUT)/data
 SFT = $(OUT)/sft
+EVAL = $(OUT)/eval$(if $(HANDS),-$(basename $(notdir $(HANDS))))
 Q = 3 3 8 8
 SCRIPTS = data_prep sft grpo eval
 RUN = .venv/bin/python
@@ -23,6 +24,7 @@ FLAGS_data_prep = $(call flags,data_prep,$(call again,data))
 FLAGS_sft = $(call flags,sft,$(SHARED) $(call again,sft)) $(foreach v,$(call given,$(SHARED:%=SFT_%)),$(call flag,$(v:SFT_%=%),$(v)))
 FLAGS_grpo = $(call flags,grpo,$(call again,grpo))
 FLAGS_eval = $(call flags,eval,$(call again,eval))
+anew = $(if $(call again,$(1)),,$(if $(call given,RESUME),$(if $(filter 0,$(RESUME)),FORCE)))
 
 KNOWN = $(sort $(foreach s,$(SCRIPTS),$(NAMES_$(s))) $(SHARED:%=SFT_%) Q PYTHON DATA SFT OUT TASK)
 GIVEN = $(foreach v,$(filter-out MAKE% -%,$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(v)))),$(v)))
@@ -47,7 +49,7 @@ train: eval       ## environment, data, SFT, GRPO, evaluation with plots
 data: $(DATA)/summary.json       ## train, val and test as jsonl
 sft: $(SFT)/summary.json         ## supervised fine-tuning
 grpo: $(OUT)/grpo/summary.json   ## GRPO from the SFT policy
-eval: $(OUT)/eval/metrics.json   ## SFT against GRPO on the test split: table, plots, report.md
+eval: $(EVAL)/summary.json       ## SFT against GRPO on the test split: table, plots, report.md
 
 .venv: .venv/ready
 .venv/ready: requirements.txt
@@ -69,16 +71,16 @@ DATA_READY = $(if $(filter file,$(origin DATA)),$(DATA)/summary.json,$(wildcard 
 SFT_READY = $(if $(filter file,$(origin SFT)),$(SFT)/summary.json,$(wildcard $(SFT)/summary.json))
 
 ifeq ($(origin DATA),file)
-$(DATA)/summary.json: data_prep.py reward.py $(OUT)/.data_prep.flags | .venv/ready
+$(DATA)/summary.json: data_prep.py reward.py $(OUT)/.data_prep.flags $(call anew,data) | .venv/ready
 	$(RUN) data_prep.py $(FLAGS_data_prep)
 endif
 ifeq ($(origin SFT),file)
-$(SFT)/summary.json: sft.py reward.py $(DATA_READY) $(OUT)/.sft.flags | .venv/ready
+$(SFT)/summary.json: sft.py reward.py $(DATA_READY) $(OUT)/.sft.flags $(call anew,sft) | .venv/ready
 	$(RUN) sft.py $(FLAGS_sft)
 endif
-$(OUT)/grpo/summary.json: grpo.py reward.py $(DATA_READY) $(SFT_READY) $(OUT)/.grpo.flags | .venv/ready
+$(OUT)/grpo/summary.json: grpo.py reward.py $(DATA_READY) $(SFT_READY) $(OUT)/.grpo.flags $(call anew,grpo) | .venv/ready
 	$(RUN) grpo.py $(FLAGS_grpo)
-$(OUT)/eval/metrics.json: eval.py reward.py $(OUT)/grpo/summary.json $(OUT)/.eval.flags | .venv/ready
+$(EVAL)/summary.json: eval.py reward.py $(OUT)/grpo/summary.json $(OUT)/.eval.flags $(call anew,eval) | .venv/ready
 	$(RUN) eval.py $(FLAGS_eval)
 
 plots: | .venv/ready       ## draw the figures of a run again, also of one that is under way

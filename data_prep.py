@@ -145,14 +145,17 @@ def plausible(step: Step) -> bool:
 def read_hands(path: Path) -> list[tuple[int, ...]]:
     """Hands of a file, sorted: one a line, `4 5 6 10` or the last four columns of a csv. Exits with file, line and reason."""
     hands = []
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        for number, cells in enumerate(csv.reader(file), 1):
-            words = " ".join(cells).split()
-            if not words or (number == 1 and not words[-1].isdigit()):      # blank, or the heading of a csv
-                continue
-            if len(words) < 4 or not all(re.fullmatch("[1-9][0-9]*", word) for word in words[-4:]) or (len(cells) == 1 and len(words) > 4):
-                sys.exit(f"{path}:{number}: four positive integers are expected, not {' '.join(words)!r}")
-            hands.append(tuple(sorted(map(int, words[-4:]))))
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        sys.exit(f"{path}: {error}")
+    for number, cells in enumerate(csv.reader(lines), 1):
+        words = " ".join(cells).split()
+        if not words or (number == 1 and not words[-1].isdigit()):      # blank, or the heading of a csv
+            continue
+        if len(words) < 4 or not all(re.fullmatch("[1-9][0-9]*", word) for word in words[-4:]) or (len(cells) == 1 and len(words) > 4):
+            sys.exit(f"{path}:{number}: four positive integers are expected, not {' '.join(words)!r}")
+        hands.append(tuple(sorted(map(int, words[-4:]))))
     if not hands:
         sys.exit(f"{path}: no hand in it")
     return hands
@@ -280,12 +283,12 @@ def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str
     run, finished = folder / "run.json", (folder / "summary.json").is_file()
     if folder.is_dir() and any(path.suffix not in (".png", ".tmp") for path in folder.iterdir()) and not run.is_file():
         sys.exit(f"{folder} holds files that are not of a run: choose another OUT=")
-    if RESUME and (finished or any(folder.glob("*.jsonl"))):
+    if RESUME and (finished or any(folder.glob("*.jsonl")) or any(folder.glob("step-*"))):
         try:
             old = json.loads(run.read_text(encoding="utf-8"))
-        except ValueError as error:
-            sys.exit(f"{run} is damaged: {error}.\nOUT= another folder keeps the run, RESUME=0 replaces it")
-        then, now = ({**h["constants"], **h["inputs"]} for h in (old, header))
+            then, now = ({**h["constants"], **h["inputs"]} for h in (old, header))
+        except (ValueError, TypeError, KeyError) as error:
+            sys.exit(f"{run} is damaged: {error!r}.\nOUT= another folder keeps the run, RESUME=0 replaces it")
         changed = [f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in {**then, **now}
                    if then.get(name) != now.get(name) and name not in free]
         if changed:

@@ -10,10 +10,12 @@ hands, because the samples of one hand are not independent.
 """
 
 import argparse
+import contextlib
 import difflib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -123,12 +125,13 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_
 
 @torch.no_grad()
 def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperature: float, top_p: float, eos_ids: list[int],
-            generator: torch.Generator | None = None, stats: dict | None = None) -> list[list[int]]:
+            generator: torch.Generator | torch.Tensor | None = None, stats: dict | None = None) -> list[list[int]]:
     """One completion a prompt, as token ids without padding; an EOS that was reached is the last id. Temperature 0 is greedy.
 
     Prompts are padded on the left, so that every row writes the same slot of the cache; finished rows leave the batch. The random
     numbers belong to the prompts, not to the rows, so the dropping of rows changes no completion. The model's mode and parameters
-    are left as they were. `stats`, where given, receives nucleus_mass: the mean probability of what top_p allows.
+    are left as they were. `generator` draws the numbers, or is a tensor (B, max_new_tokens) of them. `stats`, where given, receives
+    nucleus_mass: the mean probability of what top_p allows.
     """
     device, count = next(model.parameters()).device, len(prompt_ids)
     if not count or min(map(len, prompt_ids)) == 0:
@@ -156,7 +159,8 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
             logits = model(input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
                            logits_to_keep=1).logits[:, -1]
             cache.filled += input_ids.shape[1]
-            uniform = torch.rand(count, generator=generator, device=generator.device if generator else device).to(device)
+            uniform = (generator[:, step] if isinstance(generator, torch.Tensor) else
+                       torch.rand(count, generator=generator, device=generator.device if generator else device)).to(device)
             tokens, allowed = sample(logits, uniform[rows], temperature, top_p)
             mass.append(allowed)
             completions[rows, step] = tokens
@@ -184,6 +188,9 @@ def policies() -> dict[str, str]:
     root = OUT or f"runs/{TASK}"
     if POLICIES:
         pairs = [pair.partition("=")[::2] if "=" in pair else (Path(pair).name, pair) for pair in POLICIES.split(",")]
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names) or not all(name and "/" not in name for name in names):
+            sys.exit(f"POLICIES={POLICIES}: each needs a name of its own, without /, as in first=folder,second=folder")
         return dict(pairs)
     found = {"sft": SFT or f"{root}/sft", "grpo": f"{root}/grpo"}
     for name, place in found.items():
@@ -197,11 +204,14 @@ def test_rows(data: Path) -> list[dict]:
     if HANDS:
         if not Path(HANDS).is_file():
             sys.exit(f"HANDS={HANDS}: there is no such file")
-        rows = []
-        for number, line in enumerate(Path(HANDS).read_text(encoding="utf-8-sig").split("\n"), 1):
+        try:
+            rows, text = [], Path(HANDS).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            sys.exit(f"{HANDS}: {error}")
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 words = line.replace(",", " ").split()
-                row = {"id": f"hand-{number}", "numbers": [int(word) if word.isdigit() else word for word in words]}
+                row = {"id": f"hand-{number}", "numbers": [int(word) if word.isascii() and word.isdigit() else word for word in words]}
                 try:
                     rows.append({**row, "prompt": reward.prompt(TASK, row)})
                 except ValueError as error:
@@ -218,24 +228,32 @@ def test_rows(data: Path) -> list[dict]:
 def complete(model, tokenizer, rows: list[dict], file: Path, name: str) -> list[dict]:
     """Completions with their scores: a greedy one for each row, then SAMPLES sampled ones for each.
 
-    They are written after each batch of EVAL_BATCH_TOKENS, and a batch has random numbers of its own: an evaluation that was cut off
-    goes on with what the file holds.
+    They are written after each batch of EVAL_BATCH_TOKENS, and each has random numbers of its own: an evaluation that was cut off goes
+    on with what the file holds. Exits where a reward fails: a rate without it would be another one.
     """
     eos_ids, prompts = end_ids(model, tokenizer), [encode_prompt(tokenizer, row["prompt"]) for row in rows]
     batch = max(1, EVAL_BATCH_TOKENS // (max(map(len, prompts)) + MAX_NEW_TOKENS))
     jobs = list(range(len(rows))) + [index for index in range(len(rows)) for _ in range(SAMPLES)]
     spans = [(start, min(start + batch, stop)) for first, stop in ((0, len(rows)), (len(rows), len(jobs))) for start in range(first, stop, batch)]
-    made = read_log(file)
+    made = []
+    for entry, index in zip(read_log(file), jobs):          # what else a damaged file holds is made again
+        if not isinstance(entry, dict) or entry.get("prompt") != rows[index]["prompt"]:
+            break
+        made.append(entry)
+    write_rows(file, made)
     for start, stop in tqdm(spans, desc=name, unit="batch", dynamic_ncols=True):
         if len(made) >= stop:
             continue
+        numbers = torch.stack([torch.rand(MAX_NEW_TOKENS, generator=torch.Generator().manual_seed(SEED * 2**20 + i)) for i in range(start, stop)])
         with autocast():
             completions = rollout(model, [prompts[index] for index in jobs[start:stop]], max_new_tokens=MAX_NEW_TOKENS, top_p=TOP_P, eos_ids=eos_ids,
-                                  temperature=TEMPERATURE if start >= len(rows) else 0.0, generator=torch.Generator().manual_seed(SEED + start))
+                                  temperature=TEMPERATURE if start >= len(rows) else 0.0, generator=numbers)
         del made[start:]
         for index, ids in zip(jobs[start:stop], completions):
             row, text = rows[index], tokenizer.decode(ids, skip_special_tokens=True)
-            scores = reward.score(TASK, text, row, truncated=ids[-1] not in eos_ids)
+            scores, fault = try_score(text, row, ids[-1] not in eos_ids)
+            if fault:
+                sys.exit(f"no reward for a completion of {name}: {fault}\nMend the reward of TASK={TASK}, then evaluate again, with RESUME=0")
             made.append({"id": row.get("id"), "prompt": row["prompt"], "completion": text, "tokens": len(ids), **scores})
         write_rows(file, made)
     return made
@@ -267,7 +285,12 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def read_log(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.is_file() else []
+    """Objects of a jsonl file, as far as it is whole: a run that is cut off may leave half a line."""
+    found = []
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        for line in path.read_bytes().split(b"\n"):
+            found += [json.loads(line)] if line else []
+    return found
 
 
 def draw(folder: Path, log: list[dict], completions: dict[str, list[dict]]) -> list[str]:
@@ -335,7 +358,7 @@ def ask(question: str) -> None:
     """Streams the reasoning of every policy on one hand, and says whether the answer is right."""
     from transformers import GenerationConfig, TextStreamer
 
-    row = {"numbers": [int(word) if word.isdigit() else word for word in question.replace(",", " ").split()]}
+    row = {"numbers": [int(word) if word.isascii() and word.isdigit() else word for word in question.replace(",", " ").split()]}
     try:
         text = reward.prompt(TASK, row)
     except ValueError as error:
@@ -427,8 +450,7 @@ def load_model(path: str, trainable: bool):
 
     cuda = torch.cuda.is_available()
     adapter = Path(path, "adapter_config.json")
-    if Path(path, "manifest.json").is_file() and damage(Path(path)):
-        sys.exit(f"the policy {path} is damaged: {damage(Path(path))}. Make it again, or take one of its step-N folders")
+    refuse_damaged(Path(path))
     if adapter.is_file() and not Path(path, "adapter_model.safetensors").is_file():
         sys.exit(f"{path} has no adapter_model.safetensors: the base alone is not this policy")
     base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else path
@@ -449,7 +471,8 @@ def load_model(path: str, trainable: bool):
     try:
         source = {"revision": REVISION or None, "trust_remote_code": False}
         tokenizer = (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(path if config.is_file() else base, **source)
-        model, found = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **source, **options)
+        place = str(Path(base).resolve()) if Path(base).is_dir() else base      # an adapter stores it: it must hold in any working directory
+        model, found = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **source, **options)
     except (OSError, ValueError, SafetensorError) as error:
         sys.exit(f"cannot load the model {base!r}: {str(error).splitlines()[0]}\nUse MODEL=tiny, which needs no download, or the path of "
                  "a folder that holds config.json, model.safetensors and the tokenizer")
@@ -565,12 +588,12 @@ def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str
     run, finished = folder / "run.json", (folder / "summary.json").is_file()
     if folder.is_dir() and any(path.suffix not in (".png", ".tmp") for path in folder.iterdir()) and not run.is_file():
         sys.exit(f"{folder} holds files that are not of a run: choose another OUT=")
-    if RESUME and (finished or any(folder.glob("*.jsonl"))):
+    if RESUME and (finished or any(folder.glob("*.jsonl")) or any(folder.glob("step-*"))):
         try:
             old = json.loads(run.read_text(encoding="utf-8"))
-        except ValueError as error:
-            sys.exit(f"{run} is damaged: {error}.\nOUT= another folder keeps the run, RESUME=0 replaces it")
-        then, now = ({**h["constants"], **h["inputs"]} for h in (old, header))
+            then, now = ({**h["constants"], **h["inputs"]} for h in (old, header))
+        except (ValueError, TypeError, KeyError) as error:
+            sys.exit(f"{run} is damaged: {error!r}.\nOUT= another folder keeps the run, RESUME=0 replaces it")
         changed = [f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in {**then, **now}
                    if then.get(name) != now.get(name) and name not in free]
         if changed:
@@ -640,10 +663,29 @@ def damage(folder: Path) -> str:
     return ""
 
 
+def refuse_damaged(policy: Path) -> None:
+    """Exits where the files of a policy are not those of its manifest; one that somebody else made has none."""
+    found = damage(policy) if (policy / "manifest.json").is_file() else ""
+    if found:
+        sys.exit(f"the policy {policy} is damaged: {found}.\nRemove its summary.json and run the command that made it: it comes back from its step-N")
+
+
+def try_score(text: str, row: dict, truncated: bool) -> tuple[dict[str, float] | None, str]:
+    """Scores of a completion, or None and what is wrong: a reward of one's own may fail in any way, and a night's run must go on."""
+    try:
+        scores = {name: float(value) for name, value in reward.score(TASK, text, row, truncated).items()}
+        if not {"reward", "correct", "answered"} <= set(scores) or not all(map(math.isfinite, scores.values())):
+            raise ValueError(f"reward, correct and answered are expected, and finite numbers alone, not {scores}")
+        return scores, ""
+    except Exception as error:
+        return None, f"{error!r}, for {row['prompt']!r} and {text!r}"[:1000]
+
+
 def fingerprint(name: str, place: str) -> dict[str, str]:
     """sha256 of the weights of a policy folder and of its adapter's base, under `name/file`; the commit of a hub model."""
     from transformers.utils.hub import cached_file, extract_commit_hash
 
+    refuse_damaged(Path(place))
     adapter = Path(place, "adapter_config.json")
     base = fingerprint(f"{name}/base", json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]) if adapter.is_file() else {}
     if Path(place).is_dir():
@@ -689,7 +731,7 @@ def read_rows(path: Path, needs: tuple[str, ...]) -> list[dict]:
                 reward.check_row(TASK, row)
                 if row.get("id") is not None and ids.setdefault(str(row["id"]), number) != number:
                     raise ValueError(f"the id {row['id']!r} is that of line {ids[str(row['id'])]} too")
-            except (ValueError, RecursionError) as error:
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 skipped.append(f"{path}:{number}: {error}")
                 if STRICT:
                     sys.exit(skipped[0])

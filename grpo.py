@@ -234,12 +234,13 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_
 
 @torch.no_grad()
 def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperature: float, top_p: float, eos_ids: list[int],
-            generator: torch.Generator | None = None, stats: dict | None = None) -> list[list[int]]:
+            generator: torch.Generator | torch.Tensor | None = None, stats: dict | None = None) -> list[list[int]]:
     """One completion a prompt, as token ids without padding; an EOS that was reached is the last id. Temperature 0 is greedy.
 
     Prompts are padded on the left, so that every row writes the same slot of the cache; finished rows leave the batch. The random
     numbers belong to the prompts, not to the rows, so the dropping of rows changes no completion. The model's mode and parameters
-    are left as they were. `stats`, where given, receives nucleus_mass: the mean probability of what top_p allows.
+    are left as they were. `generator` draws the numbers, or is a tensor (B, max_new_tokens) of them. `stats`, where given, receives
+    nucleus_mass: the mean probability of what top_p allows.
     """
     device, count = next(model.parameters()).device, len(prompt_ids)
     if not count or min(map(len, prompt_ids)) == 0:
@@ -267,7 +268,8 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
             logits = model(input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
                            logits_to_keep=1).logits[:, -1]
             cache.filled += input_ids.shape[1]
-            uniform = torch.rand(count, generator=generator, device=generator.device if generator else device).to(device)
+            uniform = (generator[:, step] if isinstance(generator, torch.Tensor) else
+                       torch.rand(count, generator=generator, device=generator.device if generator else device)).to(device)
             tokens, allowed = sample(logits, uniform[rows], temperature, top_p)
             mass.append(allowed)
             completions[rows, step] = tokens
@@ -372,13 +374,8 @@ def generate(model, rows: list[dict], prompts: list[list[int]], eos_ids: list[in
                                   top_p=top_p, eos_ids=eos_ids, generator=generator, stats=stats)
         for ids, row in zip(completions, rows[start:start + ROLLOUT_ROWS]):
             text = tokenizer.decode(ids, skip_special_tokens=True)
-            try:
-                scores = reward.score(TASK, text, row, truncated=ids[-1] not in eos_ids)
-                if not isinstance(scores, dict) or not {"reward", "correct", "answered"} <= set(scores) or not math.isfinite(scores["reward"]):
-                    raise ValueError(f"a finite reward, correct and answered are expected, not {scores}")
-            except Exception as error:          # a reward of one's own may fail in any way, and a night's run must go on
-                failed.append(f"{error!r}, of {row['prompt']!r} and {text!r}"[:1000])
-                scores = None
+            scores, fault = try_score(text, row, ids[-1] not in eos_ids)
+            failed += [fault] if fault else []
             made.append((ids, text, scores))
     if failed:
         tqdm.write(f"no reward for {len(failed)} of {len(made)} completions, the first: {failed[0]}")
@@ -391,7 +388,7 @@ def summarise(completions: list[tuple], eos_ids: list[int]) -> dict[str, float]:
     """Means of every part and fact of the rewards, and the lengths in tokens, by right and wrong answers."""
     scores = [s for _, _, s in completions if s is not None]
     lengths = torch.tensor([float(len(ids)) for ids, _, s in completions if s is not None])
-    right = torch.tensor([s.get("correct", 0.0) == 1 for s in scores])
+    right = torch.tensor([s["correct"] == 1 for s in scores])
     log = {name: sum(s.get(name, 0.0) for s in scores) / len(scores) for name in scores[0]}
     log["no_reward"] = 1 - len(scores) / len(completions)
     log["accuracy"], log["unfinished"] = log.pop("correct"), 1 - log.pop("answered")
@@ -570,7 +567,7 @@ def main() -> None:
             save_checkpoint(folder, run, model, tokenizer, [optimizer])
         if run.nonfinite >= MAX_NONFINITE:
             sys.exit(f"{run.nonfinite} updates in a row were skipped, the last with loss {log['loss']} and gradient norm {log['grad_norm']}. The "
-                     f"weights of the last good update are in {folder}/step-{step}. A lower LR may help, in another OUT=")
+                     f"weights of the last update are in {folder}/step-{step}, the best ones in {folder}. A lower LR may help, in another OUT=")
         if stop:
             sys.exit(128 + stop[0])
 
@@ -593,8 +590,7 @@ def load_model(path: str, trainable: bool):
 
     cuda = torch.cuda.is_available()
     adapter = Path(path, "adapter_config.json")
-    if Path(path, "manifest.json").is_file() and damage(Path(path)):
-        sys.exit(f"the policy {path} is damaged: {damage(Path(path))}. Make it again, or take one of its step-N folders")
+    refuse_damaged(Path(path))
     if adapter.is_file() and not Path(path, "adapter_model.safetensors").is_file():
         sys.exit(f"{path} has no adapter_model.safetensors: the base alone is not this policy")
     base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else path
@@ -615,7 +611,8 @@ def load_model(path: str, trainable: bool):
     try:
         source = {"revision": REVISION or None, "trust_remote_code": False}
         tokenizer = (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(path if config.is_file() else base, **source)
-        model, found = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **source, **options)
+        place = str(Path(base).resolve()) if Path(base).is_dir() else base      # an adapter stores it: it must hold in any working directory
+        model, found = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **source, **options)
     except (OSError, ValueError, SafetensorError) as error:
         sys.exit(f"cannot load the model {base!r}: {str(error).splitlines()[0]}\nUse MODEL=tiny, which needs no download, or the path of "
                  "a folder that holds config.json, model.safetensors and the tokenizer")
@@ -745,12 +742,12 @@ def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str
     run, finished = folder / "run.json", (folder / "summary.json").is_file()
     if folder.is_dir() and any(path.suffix not in (".png", ".tmp") for path in folder.iterdir()) and not run.is_file():
         sys.exit(f"{folder} holds files that are not of a run: choose another OUT=")
-    if RESUME and (finished or any(folder.glob("*.jsonl"))):
+    if RESUME and (finished or any(folder.glob("*.jsonl")) or any(folder.glob("step-*"))):
         try:
             old = json.loads(run.read_text(encoding="utf-8"))
-        except ValueError as error:
-            sys.exit(f"{run} is damaged: {error}.\nOUT= another folder keeps the run, RESUME=0 replaces it")
-        then, now = ({**h["constants"], **h["inputs"]} for h in (old, header))
+            then, now = ({**h["constants"], **h["inputs"]} for h in (old, header))
+        except (ValueError, TypeError, KeyError) as error:
+            sys.exit(f"{run} is damaged: {error!r}.\nOUT= another folder keeps the run, RESUME=0 replaces it")
         changed = [f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in {**then, **now}
                    if then.get(name) != now.get(name) and name not in free]
         if changed:
@@ -820,10 +817,29 @@ def damage(folder: Path) -> str:
     return ""
 
 
+def refuse_damaged(policy: Path) -> None:
+    """Exits where the files of a policy are not those of its manifest; one that somebody else made has none."""
+    found = damage(policy) if (policy / "manifest.json").is_file() else ""
+    if found:
+        sys.exit(f"the policy {policy} is damaged: {found}.\nRemove its summary.json and run the command that made it: it comes back from its step-N")
+
+
+def try_score(text: str, row: dict, truncated: bool) -> tuple[dict[str, float] | None, str]:
+    """Scores of a completion, or None and what is wrong: a reward of one's own may fail in any way, and a night's run must go on."""
+    try:
+        scores = {name: float(value) for name, value in reward.score(TASK, text, row, truncated).items()}
+        if not {"reward", "correct", "answered"} <= set(scores) or not all(map(math.isfinite, scores.values())):
+            raise ValueError(f"reward, correct and answered are expected, and finite numbers alone, not {scores}")
+        return scores, ""
+    except Exception as error:
+        return None, f"{error!r}, for {row['prompt']!r} and {text!r}"[:1000]
+
+
 def fingerprint(name: str, place: str) -> dict[str, str]:
     """sha256 of the weights of a policy folder and of its adapter's base, under `name/file`; the commit of a hub model."""
     from transformers.utils.hub import cached_file, extract_commit_hash
 
+    refuse_damaged(Path(place))
     adapter = Path(place, "adapter_config.json")
     base = fingerprint(f"{name}/base", json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]) if adapter.is_file() else {}
     if Path(place).is_dir():
@@ -869,7 +885,7 @@ def read_rows(path: Path, needs: tuple[str, ...]) -> list[dict]:
                 reward.check_row(TASK, row)
                 if row.get("id") is not None and ids.setdefault(str(row["id"]), number) != number:
                     raise ValueError(f"the id {row['id']!r} is that of line {ids[str(row['id'])]} too")
-            except (ValueError, RecursionError) as error:
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 skipped.append(f"{path}:{number}: {error}")
                 if STRICT:
                     sys.exit(skipped[0])
@@ -1000,8 +1016,8 @@ def load_checkpoint(checkpoint: Path, folder: Path, run: SimpleNamespace, optimi
     torch.cuda.set_rng_state_all(state["random"]["cuda"])
     for name in ("log.jsonl", "samples.jsonl"):         # without the lines of steps that come again
         if (checkpoint / name).is_file():
-            shutil.copy(checkpoint / name, folder / "saving")
-            os.replace(folder / "saving", folder / name)
+            shutil.copy(checkpoint / name, folder / "copying.tmp")
+            os.replace(folder / "copying.tmp", folder / name)
         else:
             (folder / name).unlink(missing_ok=True)
     for best in run.bests[-1:]:

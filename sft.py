@@ -225,12 +225,15 @@ def evaluate(model, tokenizer, samples, rows: list[dict]) -> dict[str, float]:
                 eos_token_id=end_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id))
             for ids, row in zip(output[:, prompts["input_ids"].shape[1]:], part):
                 truncated = not torch.isin(ids, torch.tensor(end_ids(model, tokenizer), device=device)).any()
-                scores.append(reward.score(TASK, tokenizer.decode(ids, skip_special_tokens=True), row, bool(truncated)))
+                scores.append(try_score(tokenizer.decode(ids, skip_special_tokens=True), row, bool(truncated)))
     model.train()
-    scores = [s for s in scores if s is not None]
+    good, faults = [s for s, fault in scores if s], [fault for _, fault in scores if fault]
+    if faults:
+        tqdm.write(f"no reward for {len(faults)} of {len(scores)} completions, the first: {faults[0]}")
+    if not good:
+        sys.exit(f"no completion of {len(scores)} has a reward: mend the reward of TASK={TASK}, then begin anew, with RESUME=0")
     log = {"val_loss": float(torch.cat(losses).mean())} if losses else {}
-    return log | {"val_accuracy": sum(s["correct"] for s in scores) / len(scores),
-                  "val_unfinished": 1 - sum(s["answered"] for s in scores) / len(scores)}
+    return log | {"val_accuracy": sum(s["correct"] for s in good) / len(good), "val_unfinished": 1 - sum(s["answered"] for s in good) / len(good)}
 
 
 def main() -> None:
@@ -345,8 +348,7 @@ def load_model(path: str, trainable: bool):
 
     cuda = torch.cuda.is_available()
     adapter = Path(path, "adapter_config.json")
-    if Path(path, "manifest.json").is_file() and damage(Path(path)):
-        sys.exit(f"the policy {path} is damaged: {damage(Path(path))}. Make it again, or take one of its step-N folders")
+    refuse_damaged(Path(path))
     if adapter.is_file() and not Path(path, "adapter_model.safetensors").is_file():
         sys.exit(f"{path} has no adapter_model.safetensors: the base alone is not this policy")
     base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else path
@@ -367,7 +369,8 @@ def load_model(path: str, trainable: bool):
     try:
         source = {"revision": REVISION or None, "trust_remote_code": False}
         tokenizer = (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(path if config.is_file() else base, **source)
-        model, found = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **source, **options)
+        place = str(Path(base).resolve()) if Path(base).is_dir() else base      # an adapter stores it: it must hold in any working directory
+        model, found = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **source, **options)
     except (OSError, ValueError, SafetensorError) as error:
         sys.exit(f"cannot load the model {base!r}: {str(error).splitlines()[0]}\nUse MODEL=tiny, which needs no download, or the path of "
                  "a folder that holds config.json, model.safetensors and the tokenizer")
@@ -496,12 +499,12 @@ def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str
     run, finished = folder / "run.json", (folder / "summary.json").is_file()
     if folder.is_dir() and any(path.suffix not in (".png", ".tmp") for path in folder.iterdir()) and not run.is_file():
         sys.exit(f"{folder} holds files that are not of a run: choose another OUT=")
-    if RESUME and (finished or any(folder.glob("*.jsonl"))):
+    if RESUME and (finished or any(folder.glob("*.jsonl")) or any(folder.glob("step-*"))):
         try:
             old = json.loads(run.read_text(encoding="utf-8"))
-        except ValueError as error:
-            sys.exit(f"{run} is damaged: {error}.\nOUT= another folder keeps the run, RESUME=0 replaces it")
-        then, now = ({**h["constants"], **h["inputs"]} for h in (old, header))
+            then, now = ({**h["constants"], **h["inputs"]} for h in (old, header))
+        except (ValueError, TypeError, KeyError) as error:
+            sys.exit(f"{run} is damaged: {error!r}.\nOUT= another folder keeps the run, RESUME=0 replaces it")
         changed = [f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in {**then, **now}
                    if then.get(name) != now.get(name) and name not in free]
         if changed:
@@ -571,10 +574,29 @@ def damage(folder: Path) -> str:
     return ""
 
 
+def refuse_damaged(policy: Path) -> None:
+    """Exits where the files of a policy are not those of its manifest; one that somebody else made has none."""
+    found = damage(policy) if (policy / "manifest.json").is_file() else ""
+    if found:
+        sys.exit(f"the policy {policy} is damaged: {found}.\nRemove its summary.json and run the command that made it: it comes back from its step-N")
+
+
+def try_score(text: str, row: dict, truncated: bool) -> tuple[dict[str, float] | None, str]:
+    """Scores of a completion, or None and what is wrong: a reward of one's own may fail in any way, and a night's run must go on."""
+    try:
+        scores = {name: float(value) for name, value in reward.score(TASK, text, row, truncated).items()}
+        if not {"reward", "correct", "answered"} <= set(scores) or not all(map(math.isfinite, scores.values())):
+            raise ValueError(f"reward, correct and answered are expected, and finite numbers alone, not {scores}")
+        return scores, ""
+    except Exception as error:
+        return None, f"{error!r}, for {row['prompt']!r} and {text!r}"[:1000]
+
+
 def fingerprint(name: str, place: str) -> dict[str, str]:
     """sha256 of the weights of a policy folder and of its adapter's base, under `name/file`; the commit of a hub model."""
     from transformers.utils.hub import cached_file, extract_commit_hash
 
+    refuse_damaged(Path(place))
     adapter = Path(place, "adapter_config.json")
     base = fingerprint(f"{name}/base", json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]) if adapter.is_file() else {}
     if Path(place).is_dir():
@@ -620,7 +642,7 @@ def read_rows(path: Path, needs: tuple[str, ...]) -> list[dict]:
                 reward.check_row(TASK, row)
                 if row.get("id") is not None and ids.setdefault(str(row["id"]), number) != number:
                     raise ValueError(f"the id {row['id']!r} is that of line {ids[str(row['id'])]} too")
-            except (ValueError, RecursionError) as error:
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 skipped.append(f"{path}:{number}: {error}")
                 if STRICT:
                     sys.exit(skipped[0])
@@ -751,8 +773,8 @@ def load_checkpoint(checkpoint: Path, folder: Path, run: SimpleNamespace, optimi
     torch.cuda.set_rng_state_all(state["random"]["cuda"])
     for name in ("log.jsonl", "samples.jsonl"):         # without the lines of steps that come again
         if (checkpoint / name).is_file():
-            shutil.copy(checkpoint / name, folder / "saving")
-            os.replace(folder / "saving", folder / name)
+            shutil.copy(checkpoint / name, folder / "copying.tmp")
+            os.replace(folder / "copying.tmp", folder / name)
         else:
             (folder / name).unlink(missing_ok=True)
     for best in run.bests[-1:]:

@@ -41,7 +41,7 @@ def spoil(path: Path, rng: random.Random) -> None:
 def damage_something(folder: Path, rng: random.Random) -> bool:
     """Damages the newest checkpoint or the copy of the best in the run folder, where the run can still go on without it."""
     whole = [step for step in sft.checkpoint_steps(folder) if not sft.damage(folder / f"step-{step}")]
-    if len(whole) < 2:
+    if len(whole) < 2 or whole[-1] - whole[-2] > 10:            # the last two saved: an older one is the best
         return False
     if rng.random() < 0.7 or not (folder / "manifest.json").exists():
         spoil(folder / f"step-{whole[-1]}", rng)

@@ -321,6 +321,7 @@ def test_other_constants_data_or_base_are_refused_with_the_difference(run, base,
     elif change == "model.safetensors":
         settings["sft"] = shutil.copytree(base / "sft", cut / "sft")
         flip(cut / "sft/model.safetensors")
+        (cut / "sft/manifest.json").unlink()
     else:
         settings |= change
     before = sorted(path for path in (cut / "grpo").rglob("*"))
@@ -334,6 +335,40 @@ def test_what_changes_no_result_may_change(run, base, undisturbed, cut):
     ended = torch.load(cut / "grpo/step-8/state.pt", weights_only=True)["run"]
     assert sft.checkpoint_steps(cut / "grpo") == sorted({ended["bests"][-1], 8})
     assert len(read(cut / "grpo/log.jsonl")) == 9 == len(read(undisturbed("grpo", "fp32") / "log.jsonl"))
+
+
+def test_logs_that_are_gone_come_back(run, base, undisturbed, cut):
+    for path in (cut / "grpo").glob("*.jsonl"):
+        path.unlink()
+    assert "goes on after step 6" in done(run("grpo", out=cut, **options(base, "grpo", "fp32")))
+    same_runs(cut / "grpo", undisturbed("grpo", "fp32"))
+
+
+def test_a_finished_policy_that_is_damaged_comes_back(run, base, undisturbed, tmp_path):
+    folder, settings = shutil.copytree(undisturbed("grpo", "fp32"), tmp_path / "grpo"), options(base, "grpo", "fp32")
+    flip(folder / "model.safetensors")
+    output = refused(run("eval", out=tmp_path, data=base / "data", policies=f"mine={folder}"))
+    assert f"the policy {folder} is damaged" in output and "summary.json" in output and not (tmp_path / "eval").exists()
+    (folder / "summary.json").unlink()
+    done(run("grpo", out=tmp_path, **settings))
+    same_runs(folder, undisturbed("grpo", "fp32"))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"constants": {}}', "null"])
+def test_damaged_header_of_a_run_is_named(run, base, cut, content):
+    (cut / "grpo/run.json").write_text(content, encoding="utf-8")
+    output = refused(run("grpo", out=cut, **options(base, "grpo", "fp32")))
+    assert f"{cut}/grpo/run.json is damaged" in output and "RESUME=0" in output
+
+
+def test_killed_while_a_folder_is_begun(run, base, tmp_path):
+    (tmp_path / "grpo").mkdir()
+    (tmp_path / "grpo/run.json.tmp").write_text("{", encoding="utf-8")
+    for stage in (("os.replace", 1), ("os.rename", 1), ("shutil.copy", 1), ("shutil.rmtree", 2)):
+        run.start("grpo", out=tmp_path, before=die(*stage), **options(base, "grpo", "fp32") | {"steps": 1, "resume": 0})
+        assert run.wait().code == -signal.SIGKILL
+    done(run("grpo", out=tmp_path, **options(base, "grpo", "fp32") | {"steps": 1}))
+    assert not (tmp_path / ".grpo.replaced").exists() and not list((tmp_path / "grpo").glob("*.tmp"))
 
 
 def test_a_changed_base_of_an_adapter_is_refused(run, base, tmp_path):
@@ -404,7 +439,9 @@ reward.score = score
 
 
 @pytest.mark.parametrize("what", ["raise KeyError('mine')", "return None", "return {'reward': float('nan'), 'correct': 0.0, 'answered': 0.0}",
-                                  "return {'reward': 1.0}", "return 0.5"])
+                                  "return {'reward': 1.0}", "return 0.5",
+                                  "return {'reward': 1.0, 'correct': float('nan'), 'answered': 1.0}",
+                                  "return {'reward': 1.0, 'correct': 1.0, 'answered': 1.0, 'note': 'text'}"])
 def test_reward_that_fails_is_left_out_and_counted_and_above_a_share_stops(run, base, tmp_path, what):
     settings = options(base, "grpo", "fp32") | {"steps": 2}
     run.start("grpo", out=tmp_path / "few", before=FAIL.format(every=13, what=what), **settings)
@@ -504,7 +541,7 @@ def test_killed_evaluation_loses_no_finished_completion(run, base, undisturbed, 
     settings = {"policies": f"sft={base / 'sft'},grpo={undisturbed('grpo', 'fp32')}", "data": base / "data", "samples": 5, "bootstrap": 50,
                 "max_new_tokens": 60, "eval_batch_tokens": 200}
     done(run("eval", out=tmp_path / "whole", **settings))
-    for call in (3, 2, 4):
+    for call in (4, 3, 5):
         run.start("eval", out=tmp_path / "cut", before=die("os.replace", call), **settings)
         assert run.wait().code == -signal.SIGKILL
         kept = {path.name: read(path) for path in (tmp_path / "cut/eval").glob("*.jsonl")}
@@ -516,3 +553,42 @@ def test_killed_evaluation_loses_no_finished_completion(run, base, undisturbed, 
         rows = kept.get(f"{name}.jsonl", [])
         assert whole[:len(rows)] == rows
     same(load(tmp_path / "cut/eval/metrics.json"), load(tmp_path / "whole/eval/metrics.json"))
+    done(run("eval", out=tmp_path / "other", **settings | {"eval_batch_tokens": 100000}))
+    for name in ("sft", "grpo"):            # each completion has its own random numbers, and fp32 the same values in any batch
+        assert read(tmp_path / f"other/eval/{name}.jsonl") == read(tmp_path / f"whole/eval/{name}.jsonl")
+
+
+def test_damaged_completions_are_made_again(run, base, tmp_path):
+    settings = {"policies": f"sft={base / 'sft'}", "data": base / "data", "samples": 3, "bootstrap": 50, "max_new_tokens": 60,
+                "eval_batch_tokens": 200}
+    done(run("eval", out=tmp_path, **settings))
+    path, whole = tmp_path / "eval/sft.jsonl", (tmp_path / "eval/sft.jsonl").read_text(encoding="utf-8")
+    metrics, lines = load(tmp_path / "eval/metrics.json"), whole.splitlines(keepends=True)
+    for content in (whole[:300], whole + whole, lines[3] + whole, "".join(lines[:5]) + "{}\n", "", "[]\n"):
+        path.write_text(content, encoding="utf-8")
+        (tmp_path / "eval/summary.json").unlink()
+        done(run("eval", out=tmp_path, **settings))
+        assert path.read_text(encoding="utf-8") == whole
+        same(load(tmp_path / "eval/metrics.json"), metrics)
+
+
+@pytest.mark.parametrize("what", ["raise KeyError('mine')", "return None", "return {'reward': 1.0, 'correct': float('nan'), 'answered': 1.0}"])
+def test_reward_that_fails_in_sft_is_left_out_and_stops_an_evaluation(run, base, tmp_path, what):
+    fail = FAIL.format(every=2, what=what).replace("> 20", "> 0")
+    run.start("sft", out=tmp_path, before=fail, **options(base, "sft", "fp32") | {"steps": 3})
+    output = done(run.wait())
+    assert "no reward for 1 of 3 completions" in output and "val_accuracy" in read(tmp_path / "sft/log.jsonl")[-1]
+    run.start("eval", out=tmp_path, before=fail, data=base / "data", policies=f"sft={base / 'sft'}", max_new_tokens=5)
+    output = refused(run.wait())
+    assert "no reward for a completion of sft" in output and "RESUME=0" in output and not (tmp_path / "eval/metrics.json").exists()
+
+
+@pytest.mark.parametrize("policies", ["a=x,a=y", "x/step-0,y/step-0", "=x", "a/b=x"])
+def test_policies_need_names_of_their_own(run, base, tmp_path, policies):
+    assert "each needs a name of its own" in refused(run("eval", out=tmp_path, data=base / "data", policies=policies))
+
+
+def test_adapter_is_found_from_another_working_directory(run, base, tmp_path):
+    settings = options(base, "sft", "lora") | {"steps": 1, "model": os.path.relpath(base / "sft")}
+    done(run("sft", out=tmp_path, **settings))
+    assert load(tmp_path / "sft/adapter_config.json")["base_model_name_or_path"] == str(base / "sft")

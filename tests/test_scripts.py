@@ -450,6 +450,13 @@ def test_make_ablation_uses_the_data_and_the_policy_that_exist(trained, tmp_path
     assert {script: set(given) for script, given in words.items()} == {"grpo": {*shared, "--beta=0"}, "eval": shared}
 
 
+def test_make_runs_again_what_resume_0_names_and_nothing_else(trained):
+    unchanged = [word for script in SCRIPTS for word in ("-o", trained / f".{script}.flags")]
+    every = set(SCRIPTS)
+    for words, expected in ((["train"], set()), (["grpo", "RESUME=0"], {"grpo"}), (["train", "RESUME=0"], every), (["data", "RESUME=1"], set())):
+        assert set(planned(*unchanged, *words, OUT=trained, **TRAIN)) == expected
+
+
 def test_make_ask_and_export(tmp_path):
     assert planned("ask", OUT=tmp_path, Q="1 5 5 5")["eval"] == [f"--out={tmp_path}", "--ask=1 5 5 5"]
     assert planned("export", OUT=tmp_path)["eval"] == [f"--out={tmp_path}", f"--export={tmp_path}/export"]
