@@ -461,6 +461,13 @@ def test_group_without_a_reward_and_group_with_one():
     assert all(value == value for value in grpo.momentum_advantages(rewards, 0.3, 0.2, 0.1)[1:])
 
 
+@pytest.mark.parametrize("script, name, value", [("grpo", "group_size", 1), ("grpo", "keep_last", 0), ("grpo", "save_every", 0),
+                                                 ("sft", "save_every", 0), ("sft", "eval_every", -1)])
+def test_constants_that_cannot_work_are_refused_at_once(run, base, tmp_path, script, name, value):
+    output = refused(run(script, out=tmp_path, **options(base, script, "fp32") | {name: value}))
+    assert name.upper() in output and str(value) in output and not list(tmp_path.iterdir())
+
+
 def test_all_completions_cut_off(run, base, tmp_path):
     output = done(run("grpo", out=tmp_path, **options(base, "grpo", "fp32") | {"max_new_tokens": 2, "steps": 2}))
     log = read(tmp_path / "grpo/log.jsonl")
