@@ -34,9 +34,7 @@ NEAREST := $(shell python3 -c "import difflib, sys; print(*difflib.get_close_mat
 $(error no script has a constant $(firstword $(UNKNOWN)); nearest: $(or $(NEAREST),none, see make help))
 endif
 
-ifneq ($(word 2,$(OUT) $(DATA) x)$(word 3,$(OUT) $(DATA)),$(DATA))
-$(error OUT and DATA must be paths without spaces)
-endif
+$(foreach v,OUT DATA SFT HANDS HOLDOUT,$(if $(word 2,$($(v))),$(error $(v) must be a path without spaces, not $($(v)))))
 
 .PHONY: help train data sft grpo eval plots ask export test lint soak audit clean FORCE
 .DELETE_ON_ERROR:
@@ -71,7 +69,7 @@ DATA_READY = $(if $(filter file,$(origin DATA)),$(DATA)/summary.json,$(wildcard 
 SFT_READY = $(if $(filter file,$(origin SFT)),$(SFT)/summary.json,$(wildcard $(SFT)/summary.json))
 
 ifeq ($(origin DATA),file)
-$(DATA)/summary.json: data_prep.py reward.py $(OUT)/.data_prep.flags $(call anew,data) | .venv/ready
+$(DATA)/summary.json: data_prep.py reward.py $(OUT)/.data_prep.flags $(wildcard $(HOLDOUT)) $(call anew,data) | .venv/ready
 	$(RUN) data_prep.py $(FLAGS_data_prep)
 endif
 ifeq ($(origin SFT),file)
@@ -80,7 +78,8 @@ $(SFT)/summary.json: sft.py reward.py $(DATA_READY) $(OUT)/.sft.flags $(call ane
 endif
 $(OUT)/grpo/summary.json: grpo.py reward.py $(DATA_READY) $(SFT_READY) $(OUT)/.grpo.flags $(call anew,grpo) | .venv/ready
 	$(RUN) grpo.py $(FLAGS_grpo)
-$(EVAL)/summary.json: eval.py reward.py $(OUT)/grpo/summary.json $(OUT)/.eval.flags $(call anew,eval) | .venv/ready
+$(EVAL)/summary.json: eval.py reward.py $(if $(POLICIES),$(DATA_READY),$(OUT)/grpo/summary.json) $(OUT)/.eval.flags $(wildcard $(HANDS)) \
+		$(call anew,eval) | .venv/ready
 	$(RUN) eval.py $(FLAGS_eval)
 
 plots: | .venv/ready       ## draw the figures of a run again, also of one that is under way

@@ -237,7 +237,8 @@ def complete(model, tokenizer, rows: list[dict], file: Path, name: str) -> list[
     spans = [(start, min(start + batch, stop)) for first, stop in ((0, len(rows)), (len(rows), len(jobs))) for start in range(first, stop, batch)]
     made = []
     for entry, index in zip(read_log(file), jobs):          # what else a damaged file holds is made again
-        if not isinstance(entry, dict) or entry.get("prompt") != rows[index]["prompt"]:
+        whole = isinstance(entry, dict) and {"prompt", "completion", "tokens", "reward", "correct", "answered"} <= set(entry)
+        if not whole or entry["prompt"] != rows[index]["prompt"]:
             break
         made.append(entry)
     write_rows(file, made)
@@ -400,6 +401,9 @@ def main() -> None:
     constants = override_constants(sys.argv[1:], is_tiny)
     root = Path(OUT or f"runs/{TASK}")
     folder, data, log = root / (f"eval-{Path(HANDS).stem}" if HANDS else "eval"), Path(DATA or root / "data"), read_log(root / "grpo/log.jsonl")
+    for name in ("SAMPLES", "MAX_NEW_TOKENS", "EVAL_BATCH_TOKENS", "BOOTSTRAP", "TEMPERATURE", "TOP_P"):
+        if constants[name] <= 0 or (name == "TOP_P" and TOP_P > 1):
+            sys.exit(f"{name} must be above 0{' and at most 1' if name == 'TOP_P' else ''}, not {constants[name]}")
     torch.set_num_threads(THREADS or os.cpu_count())
     if (ASK or HANDS) and TASK != "game24":
         sys.exit(f"ASK= and HANDS= are for TASK=game24, not {TASK}")
@@ -412,7 +416,8 @@ def main() -> None:
             sys.exit(f"{root / 'grpo/log.jsonl'} is missing or empty: run `make grpo`")
         folder.mkdir(parents=True, exist_ok=True)
         made = {path.stem: read_log(path) for path in sorted(folder.glob("*.jsonl"), reverse=True)}
-        sampled = {name: rows[len(rows) // (SAMPLES + 1):] for name, rows in made.items()}         # the greedy completions come first
+        sampled = {name: rows[len({row["prompt"] for row in rows}):] for name, rows in made.items()}      # the greedy completions come first
+        sampled = {name: rows for name, rows in sampled.items() if rows}
         return print(*(folder / name for name in draw(folder, log, sampled)), sep="\n")
     places, rows = policies(), test_rows(data)
     source = Path(HANDS or data / f"{SPLIT}.jsonl")
@@ -563,7 +568,9 @@ def is_tiny(given: dict) -> bool:
     root = given.get("OUT", OUT) or f"runs/{given.get('TASK', TASK)}"
     first = (given.get("POLICIES", POLICIES) or "sft=").split(",")[0].split("=", 1)[-1] or given.get("SFT", SFT) or f"{root}/sft"
     config = Path(first, "config.json")
-    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("tiny"))
+    with contextlib.suppress(OSError, ValueError):          # what is damaged is named where it is loaded
+        return bool(json.loads(config.read_text(encoding="utf-8")).get("tiny"))
+    return False
 
 
 def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str) -> bool:

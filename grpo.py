@@ -369,9 +369,12 @@ def generate(model, rows: list[dict], prompts: list[list[int]], eos_ids: list[in
     """
     made, failed = [], []
     for start in range(0, len(prompts), ROLLOUT_ROWS):
+        part = {}
         with autocast():
             completions = rollout(model, prompts[start:start + ROLLOUT_ROWS], max_new_tokens=MAX_NEW_TOKENS, temperature=temperature,
-                                  top_p=top_p, eos_ids=eos_ids, generator=generator, stats=stats)
+                                  top_p=top_p, eos_ids=eos_ids, generator=generator, stats=part)
+        if stats is not None:
+            stats["nucleus_mass"] = stats.get("nucleus_mass", 0.0) + part["nucleus_mass"] * len(completions) / len(prompts)
         for ids, row in zip(completions, rows[start:start + ROLLOUT_ROWS]):
             text = tokenizer.decode(ids, skip_special_tokens=True)
             scores, fault = try_score(text, row, ids[-1] not in eos_ids)
@@ -406,10 +409,10 @@ def main() -> None:
     for name, choices in {"BASELINE": ("momentum", "group", "none", "batch"), "AGGREGATE": ("sequence", "token", "constant")}.items():
         if constants[name] not in choices:
             sys.exit(f"unknown {name} {constants[name]!r}; there is {', '.join(choices)}")
-    for name in ("PROMPTS_PER_STEP", "UPDATES_PER_ROLLOUT", "EVAL_EVERY", "EVAL_SAMPLES", "SAMPLES_EVERY", "SAVE_EVERY", "KEEP_LAST", "TEMPERATURE",
-                 "MAX_NONFINITE"):
-        if constants[name] <= 0:
-            sys.exit(f"{name} must be above 0, not {constants[name]}")
+    for name in ("STEPS", "PROMPTS_PER_STEP", "MAX_NEW_TOKENS", "ROLLOUT_ROWS", "UPDATES_PER_ROLLOUT", "MICRO_BATCH_TOKENS", "HEAD_CHUNK",
+                 "EVAL_EVERY", "EVAL_SAMPLES", "SAMPLES_EVERY", "PATIENCE", "SAVE_EVERY", "KEEP_LAST", "TEMPERATURE", "TOP_P", "EVAL_TOP_P", "MAX_NONFINITE"):
+        if constants[name] <= 0 or ("TOP_P" in name and constants[name] > 1):
+            sys.exit(f"{name} must be above 0{' and at most 1' if 'TOP_P' in name else ''}, not {constants[name]}")
     if GROUP_SIZE < 2:
         sys.exit(f"GROUP_SIZE={GROUP_SIZE}: an advantage compares completions of one prompt, 2 at least")
     if not SFT and not Path(start, "summary.json").is_file():
@@ -563,13 +566,14 @@ def main() -> None:
             if name not in ("step", "val_lengths"):
                 writer.add_scalar(name, value, step)
         tqdm.write(f"step {step}  " + "  ".join(f"{name} {log[name]:.3f}" for name in SHOWN if name in log))
-        if step % SAVE_EVERY == 0 or step in (*run.bests, STEPS) or stop or run.nonfinite >= MAX_NONFINITE:
+        asked = stop[:1]            # a signal may come at any time
+        if step % SAVE_EVERY == 0 or step in (*run.bests, STEPS) or asked or run.nonfinite >= MAX_NONFINITE:
             save_checkpoint(folder, run, model, tokenizer, [optimizer])
         if run.nonfinite >= MAX_NONFINITE:
             sys.exit(f"{run.nonfinite} updates in a row were skipped, the last with loss {log['loss']} and gradient norm {log['grad_norm']}. The "
                      f"weights of the last update are in {folder}/step-{step}, the best ones in {folder}. A lower LR may help, in another OUT=")
-        if stop:
-            sys.exit(128 + stop[0])
+        if asked:
+            sys.exit(128 + asked[0])
 
     writer.close()
     finish_run(folder, {"steps": run.step, "best_step": run.bests[-1], "best_val_accuracy": run.best, "last_val_accuracy": run.last,
@@ -717,7 +721,9 @@ def is_tiny(given: dict) -> bool:
     """Whether the TINY constants hold: the policy to start from began as MODEL=tiny."""
     root = given.get("OUT", OUT) or f"runs/{given.get('TASK', TASK)}"
     config = Path(given.get("SFT", SFT) or f"{root}/sft", "config.json")
-    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("tiny"))
+    with contextlib.suppress(OSError, ValueError):          # what is damaged is named where it is loaded
+        return bool(json.loads(config.read_text(encoding="utf-8")).get("tiny"))
+    return False
 
 
 def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str) -> bool:

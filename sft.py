@@ -240,7 +240,8 @@ def main() -> None:
     constants = override_constants(sys.argv[1:], is_tiny)
     root = Path(OUT or f"runs/{TASK}")
     folder, data = root / "sft", Path(DATA or root / "data")
-    for name in ("STEPS", "BATCH_TOKENS", "EVAL_EVERY", "EVAL_BATCH", "LOG_EVERY", "SAVE_EVERY", "KEEP_LAST", "MAX_NONFINITE"):
+    for name in ("STEPS", "BATCH_TOKENS", "MICRO_BATCH_TOKENS", "HEAD_CHUNK", "MAX_NEW_TOKENS", "EVAL_EVERY", "EVAL_BATCH",
+                 "LOG_EVERY", "SAVE_EVERY", "KEEP_LAST", "MAX_NONFINITE"):
         if constants[name] <= 0:
             sys.exit(f"{name} must be above 0, not {constants[name]}")
     train, val = read_rows(data / "train.jsonl", ("prompt", "completion")), read_rows(data / "val.jsonl", ("prompt",))
@@ -321,13 +322,14 @@ def main() -> None:
             writer.add_scalar(name, value, step)
         if step % LOG_EVERY == 0 or "val_loss" in log:
             tqdm.write("  ".join(f"{name} {value:.5g}" for name, value in log.items()))
-        if step % SAVE_EVERY == 0 or step in (*run.bests, STEPS) or stop or run.nonfinite >= MAX_NONFINITE:
+        asked = stop[:1]            # a signal may come at any time
+        if step % SAVE_EVERY == 0 or step in (*run.bests, STEPS) or asked or run.nonfinite >= MAX_NONFINITE:
             save_checkpoint(folder, run, model, tokenizer, optimizers)
         if run.nonfinite >= MAX_NONFINITE:
             sys.exit(f"{run.nonfinite} updates in a row were skipped, the last with loss {loss} and gradient norm {float(norm)}. The weights of the "
                      f"last good update are in {folder}/step-{step}. A lower LR may help, in another OUT=")
-        if stop:
-            sys.exit(128 + stop[0])
+        if asked:
+            sys.exit(128 + asked[0])
     writer.close()
     best = {f"best_{name}": value for name, value in run.best_log.items() if name == "step" or name.startswith("val_")}
     finish_run(folder, {"steps": STEPS, **best,

@@ -21,6 +21,8 @@ SERVER = """
 import gc, json, os, runpy, signal, sys, traceback
 import bitsandbytes, matplotlib.pyplot, peft, torch, torch.utils.tensorboard
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)        # a background job of a shell has them ignored
 gc.collect()
 gc.freeze()
 for line in sys.stdin:

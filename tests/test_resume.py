@@ -462,7 +462,8 @@ def test_group_without_a_reward_and_group_with_one():
 
 
 @pytest.mark.parametrize("script, name, value", [("grpo", "group_size", 1), ("grpo", "keep_last", 0), ("grpo", "save_every", 0),
-                                                 ("sft", "save_every", 0), ("sft", "eval_every", -1)])
+                                                 ("sft", "save_every", 0), ("sft", "eval_every", -1), ("grpo", "patience", 0), ("grpo", "top_p", 1.5),
+                                                 ("grpo", "max_new_tokens", 0), ("grpo", "rollout_rows", 0), ("sft", "head_chunk", 0)])
 def test_constants_that_cannot_work_are_refused_at_once(run, base, tmp_path, script, name, value):
     output = refused(run(script, out=tmp_path, **options(base, script, "fp32") | {name: value}))
     assert name.upper() in output and str(value) in output and not list(tmp_path.iterdir())
@@ -571,7 +572,8 @@ def test_damaged_completions_are_made_again(run, base, tmp_path):
     done(run("eval", out=tmp_path, **settings))
     path, whole = tmp_path / "eval/sft.jsonl", (tmp_path / "eval/sft.jsonl").read_text(encoding="utf-8")
     metrics, lines = load(tmp_path / "eval/metrics.json"), whole.splitlines(keepends=True)
-    for content in (whole[:300], whole + whole, lines[3] + whole, "".join(lines[:5]) + "{}\n", "", "[]\n"):
+    for content in (whole[:300], whole + whole, lines[3] + whole, "".join(lines[:5]) + "{}\n", "", "[]\n",
+                    json.dumps({"prompt": json.loads(lines[0])["prompt"]}) + "\n" + whole):
         path.write_text(content, encoding="utf-8")
         (tmp_path / "eval/summary.json").unlink()
         done(run("eval", out=tmp_path, **settings))

@@ -457,6 +457,19 @@ def test_make_runs_again_what_resume_0_names_and_nothing_else(trained):
         assert set(planned(*unchanged, *words, OUT=trained, **TRAIN)) == expected
 
 
+def test_make_notices_a_changed_file_of_hands_and_needs_no_run_for_other_policies(trained, tmp_path):
+    hands = write(tmp_path / "hands.txt", "1 1 11 11")
+    (tmp_path / "eval-hands").mkdir()
+    write(tmp_path / "eval-hands/summary.json", "{}")
+    options = {"OUT": tmp_path, "DATA": trained / "data", "HANDS": hands, "POLICIES": f"mine={trained / 'sft'}"}
+    flags = ["-o", tmp_path / ".eval.flags", "eval"]
+    assert planned(*flags, **options) == {}
+    os.utime(hands, (time.time() + 10, time.time() + 10))
+    assert set(planned(*flags, **options)) == {"eval"}
+    result = make("eval", HANDS="my hands.txt")
+    assert result.code and "HANDS must be a path without spaces, not my hands.txt" in result.output
+
+
 def test_make_ask_and_export(tmp_path):
     assert planned("ask", OUT=tmp_path, Q="1 5 5 5")["eval"] == [f"--out={tmp_path}", "--ask=1 5 5 5"]
     assert planned("export", OUT=tmp_path)["eval"] == [f"--out={tmp_path}", f"--export={tmp_path}/export"]
