@@ -410,7 +410,8 @@ def main() -> None:
         if constants[name] not in choices:
             sys.exit(f"unknown {name} {constants[name]!r}; there is {', '.join(choices)}")
     for name in ("STEPS", "PROMPTS_PER_STEP", "MAX_NEW_TOKENS", "ROLLOUT_ROWS", "UPDATES_PER_ROLLOUT", "MICRO_BATCH_TOKENS", "HEAD_CHUNK",
-                 "EVAL_EVERY", "EVAL_SAMPLES", "SAMPLES_EVERY", "PATIENCE", "SAVE_EVERY", "KEEP_LAST", "TEMPERATURE", "TOP_P", "EVAL_TOP_P", "MAX_NONFINITE"):
+                 "EVAL_EVERY", "EVAL_SAMPLES", "SAMPLES_EVERY", "PATIENCE", "SAVE_EVERY", "KEEP_LAST", "TEMPERATURE", "TOP_P", "EVAL_TOP_P",
+                 "MAX_NONFINITE"):
         if constants[name] <= 0 or ("TOP_P" in name and constants[name] > 1):
             sys.exit(f"{name} must be above 0{' and at most 1' if 'TOP_P' in name else ''}, not {constants[name]}")
     if GROUP_SIZE < 2:
