@@ -666,7 +666,7 @@ def held_out(train: list[dict], rows: list[dict], path: Path) -> list[dict]:
         found = f"{len(rows) - len(kept)} of {len(rows)} rows of {path} are in train.jsonl too, the first is {shared!r}"
         if STRICT or not kept:
             sys.exit(f"{found}: what is measured on them says nothing. Make data that holds them out (make data HOLDOUT=file)")
-        print(f"{found}: left out")
+        print(f"{found}: left out of what is measured")
     return kept
 
 

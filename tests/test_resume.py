@@ -50,14 +50,6 @@ def die(target, call):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    commands = Commands(tmp_path_factory.mktemp("commands"))
-    yield commands
-    commands.server.stdin.close()
-    commands.server.wait()
-
-
-@pytest.fixture(scope="module")
 def base(run, tmp_path_factory):
     """Data, a tiny policy that has some rewards, and its adapter in NF4."""
     root = tmp_path_factory.mktemp("base")

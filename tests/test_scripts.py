@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import ENVIRONMENT, ROOT, TIME_LIMIT, Commands, done, load, read, refused, write
+from commands import ENVIRONMENT, ROOT, TIME_LIMIT, done, load, read, refused, write
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -64,14 +64,6 @@ def constants_of(script):
                 pairs = zip(node.targets[0].elts, node.value.elts) if several else [(node.targets[0], node.value)]
                 found |= {target.id: value.value for target, value in pairs if target.id.isupper() and isinstance(value, ast.Constant)}
     return found
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    commands = Commands(tmp_path_factory.mktemp("commands"))
-    yield commands
-    commands.server.stdin.close()
-    commands.server.wait()
 
 
 @pytest.fixture(scope="module")
