@@ -6,7 +6,8 @@ OUT = runs/$(TASK)
 DATA = $(OUT)/data
 SFT = $(OUT)/sft
 EVAL = $(OUT)/eval$(if $(HANDS),-$(basename $(notdir $(HANDS))))
-Q = 3 3 8 8
+Q = $(if $(filter lyrics,$(TASK)),月光 故乡 远方,3 3 8 8)
+STAGE = cot
 SCRIPTS = data_prep sft grpo eval
 RUN = .venv/bin/python
 
@@ -34,13 +35,13 @@ NEAREST := $(shell python3 -c "import difflib, sys; print(*difflib.get_close_mat
 $(error no script has a constant $(firstword $(UNKNOWN)); nearest: $(or $(NEAREST),none, see make help))
 endif
 
-$(foreach v,OUT DATA SFT HANDS HOLDOUT,$(if $(word 2,$($(v))),$(error $(v) must be a path without spaces, not $($(v)))))
+$(foreach v,OUT DATA SFT HANDS HOLDOUT RAW HUMAN,$(if $(word 2,$($(v))),$(error $(v) must be a path without spaces, not $($(v)))))
 
-.PHONY: help train data sft grpo eval plots ask export test lint soak audit clean FORCE
+.PHONY: help train data sft grpo eval plots ask judge export qwen-lora qwen-cot-lora ds-lora ds-rl test lint soak audit clean FORCE
 .DELETE_ON_ERROR:
 
 help:             ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /make \1 \t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 13
+	@sed -n 's/^\([a-z-]*\):.*## /make \1 \t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 19
 	@echo 'Constants: make train BETA=0 STEPS=50; each script lists its own with --help'
 
 train: eval       ## environment, data, SFT, GRPO, evaluation with plots
@@ -69,12 +70,23 @@ DATA_READY = $(if $(filter file,$(origin DATA)),$(DATA)/summary.json,$(wildcard 
 SFT_READY = $(if $(filter file,$(origin SFT)),$(SFT)/summary.json,$(wildcard $(SFT)/summary.json))
 
 ifeq ($(origin DATA),file)
-$(DATA)/summary.json: data_prep.py reward.py $(OUT)/.data_prep.flags $(wildcard $(HOLDOUT)) $(call anew,data) | .venv/ready
+$(DATA)/summary.json: data_prep.py reward.py $(OUT)/.data_prep.flags $(wildcard $(HOLDOUT) $(RAW)) $(call anew,data) | .venv/ready
 	$(RUN) data_prep.py $(FLAGS_data_prep)
 endif
 ifeq ($(origin SFT),file)
-$(SFT)/summary.json: sft.py reward.py $(DATA_READY) $(OUT)/.sft.flags $(call anew,sft) | .venv/ready
-	$(RUN) sft.py $(FLAGS_sft)
+# Lyrics: SFT on texts alone, then with keywords, then with thoughts, each from the policy of the one before (report on creative text).
+BEFORE_keywords = raw
+BEFORE_cot = raw keywords
+STAGES = $(if $(filter lyrics,$(TASK)),$(if $(filter file,$(origin DATA)),1,$(wildcard $(DATA)/raw)),)
+STAGES := $(if $(STAGES),$(BEFORE_$(STAGE)))
+from = $(if $(1),--model=$(OUT)/$(lastword $(1))/sft)
+stage_ready = $(if $(1),$(OUT)/$(lastword $(1))/sft/summary.json)
+$(OUT)/raw/sft/summary.json: sft.py reward.py $(DATA_READY) $(OUT)/.sft.flags $(call anew,sft) | .venv/ready
+	$(RUN) sft.py $(FLAGS_sft) --out=$(OUT)/raw --data=$(DATA)/raw --vocabulary=$(DATA)/train.jsonl
+$(OUT)/keywords/sft/summary.json: sft.py reward.py $(OUT)/raw/sft/summary.json $(OUT)/.sft.flags $(call anew,sft) | .venv/ready
+	$(RUN) sft.py $(FLAGS_sft) --out=$(OUT)/keywords --data=$(DATA)/keywords --model=$(OUT)/raw/sft
+$(SFT)/summary.json: sft.py reward.py $(DATA_READY) $(call stage_ready,$(STAGES)) $(OUT)/.sft.flags $(call anew,sft) | .venv/ready
+	$(RUN) sft.py $(FLAGS_sft) $(call from,$(STAGES))
 endif
 $(OUT)/grpo/summary.json: grpo.py reward.py $(DATA_READY) $(SFT_READY) $(OUT)/.grpo.flags $(call anew,grpo) | .venv/ready
 	$(RUN) grpo.py $(FLAGS_grpo)
@@ -82,10 +94,29 @@ $(EVAL)/summary.json: eval.py reward.py $(if $(POLICIES),$(DATA_READY),$(OUT)/gr
 		$(call anew,eval) | .venv/ready
 	$(RUN) eval.py $(FLAGS_eval)
 
+# The four models of the report on creative text: SFT on texts and keywords; on thoughts too; the same from a reasoning model; then GRPO.
+own = OUT=$(if $(filter file,$(origin OUT)),runs/$@,$(OUT))
+QWEN = $(or $(MODEL),Qwen/Qwen2.5-0.5B-Instruct)
+DISTILL = $(or $(MODEL),deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B)
+qwen-lora:         ## Qwen2.5-0.5B on texts, then keywords; no thoughts
+	$(MAKE) sft TASK=lyrics $(own) MODEL=$(QWEN) STAGE=keywords
+	$(MAKE) eval TASK=lyrics $(own) MODEL=$(QWEN) STAGE=keywords POLICIES=$@=$(patsubst OUT=%,%,$(own))/sft
+qwen-cot-lora:     ## Qwen2.5-0.5B on texts, keywords, then thoughts
+	$(MAKE) sft TASK=lyrics $(own) MODEL=$(QWEN)
+	$(MAKE) eval TASK=lyrics $(own) MODEL=$(QWEN) POLICIES=$@=$(patsubst OUT=%,%,$(own))/sft
+ds-lora:           ## DeepSeek-R1-Distill-1.5B likewise
+	$(MAKE) sft TASK=lyrics $(own) MODEL=$(DISTILL)
+	$(MAKE) eval TASK=lyrics $(own) MODEL=$(DISTILL) POLICIES=$@=$(patsubst OUT=%,%,$(own))/sft
+ds-rl:             ## DeepSeek-R1-Distill-1.5B likewise, then GRPO
+	$(MAKE) train TASK=lyrics $(own) MODEL=$(DISTILL)
+
 plots: | .venv/ready       ## draw the figures of a run again, also of one that is under way
 	$(RUN) eval.py $(FLAGS_eval) --plots_only=1
 
-ask: | .venv/ready         ## Q="3 3 8 8": the reasoning before and after GRPO
+judge: | .venv/ready       ## lyrics: the verses of the evaluation by API_MODEL (API_KEY), or HUMAN=people.csv filled in
+	$(RUN) eval.py $(FLAGS_eval) $(if $(strip $(call given,HUMAN JUDGE)),,--judge=1)
+
+ask: | .venv/ready         ## Q="3 3 8 8": the completion before and after GRPO
 	$(RUN) eval.py $(FLAGS_eval) --ask='$(Q)'
 
 export: | .venv/ready      ## the GRPO policy as a plain folder of transformers, the adapter merged

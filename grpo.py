@@ -92,7 +92,10 @@ EVAL_EVERY = 10              # steps between evaluations on val; the best is kep
 EVAL_SAMPLES = 1             # completions of a val prompt ...
 EVAL_TEMPERATURE = 0.7       # ... and how they are sampled: as in eval.py
 EVAL_TOP_P = 0.9
+BEST_BY = "accuracy"         # what the best has most of on val: accuracy or reward
 PATIENCE = 4                 # stop after so many evaluations in a row below the best
+MIN_DISTINCT = 0.0           # stop where distinct-2 of val, across prompts, falls below this share of its first value ...
+MIN_DISTINCT_GROUP = 0.0     # ... or within the completions of a prompt below this one, which share their keywords; 0: off
 SAMPLES_EVERY = 10           # steps between sample completions in samples.jsonl
 # Faults
 SAVE_EVERY = 1               # steps between checkpoints: what a power cut costs at most
@@ -104,9 +107,12 @@ SKIP_SPIKES = 0              # ... and 1: its update is skipped
 # What a policy that began as MODEL=tiny has instead, where the command line does not say otherwise
 TINY = {"LOAD_4BIT": 0, "LORA_RANK": 0, "GRADIENT_CHECKPOINTING": 0, "OPTIMIZER_8BIT": 0, "MAX_NEW_TOKENS": 208, "PROMPTS_PER_STEP": 32, "TOP_P": 1.0,
         "LR": 2e-4, "STEPS": 100, "ROLLOUT_ROWS": 272, "EVAL_EVERY": 10, "EVAL_SAMPLES": 4, "PATIENCE": 6}
+# What TASK=lyrics has instead, and a tiny model in it
+LYRICS = {"BEST_BY": "reward", "MIN_DISTINCT": 0.9, "MIN_DISTINCT_GROUP": 0.8, "EVAL_SAMPLES": 4}
+TINY_LYRICS = {"MAX_NEW_TOKENS": 320, "PROMPTS_PER_STEP": 16, "STEPS": 80}
 
 SHOWN = ("reward", "reward_std", "accuracy", "unfinished", "wrong", "tokens", "kl", "entropy", "clip_fraction", "grad_norm", "rollout_tokens_per_s",
-         "update_tokens_per_s", "val_accuracy", "val_unfinished", "val_tokens")      # of the log, on the screen
+         "update_tokens_per_s", "val_accuracy", "val_reward", "val_unfinished", "val_tokens", "val_distinct_2")      # of the log, on the screen
 
 
 # ---- advantages and loss: pure functions ----------------------------------------------------------------------------
@@ -221,6 +227,10 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_
     if temperature == 0:
         return logits.argmax(-1), torch.ones_like(uniform)
     probs = torch.softmax(logits.float() / temperature, -1)
+    if top_p == 1 and probs.shape[-1] > 1024:       # none is left out: no order is needed
+        mass = probs.cumsum(-1)
+        choice = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)
+        return choice.clamp(max=probs.shape[-1] - 1).flatten(), torch.ones_like(uniform)
     for count in (min(1024, probs.shape[-1]), probs.shape[-1]):
         top, tokens = probs.topk(count)
         mass = top.cumsum(-1)
@@ -387,8 +397,15 @@ def generate(model, rows: list[dict], prompts: list[list[int]], eos_ids: list[in
     return made
 
 
-def summarise(completions: list[tuple], eos_ids: list[int]) -> dict[str, float]:
-    """Means of every part and fact of the rewards, and the lengths in tokens, by right and wrong answers."""
+def distinct_2(texts: list[str]) -> float:
+    """Share of different pairs of neighbouring characters among all such pairs of some completions, their reasoning left out."""
+    bodies = [re.sub(r"\W", "", text.rpartition("</think>")[2]) for text in texts]
+    pairs = [body[i:i + 2] for body in bodies for i in range(len(body) - 1)]
+    return len(set(pairs)) / max(1, len(pairs))
+
+
+def summarise(completions: list[tuple], eos_ids: list[int], group: int) -> dict[str, float]:
+    """Means of every part and fact of the rewards, and the lengths in tokens, by right and wrong answers; distinct-2 within groups and across."""
     scores = [s for _, _, s in completions if s is not None]
     lengths = torch.tensor([float(len(ids)) for ids, _, s in completions if s is not None])
     right = torch.tensor([s["correct"] == 1 for s in scores])
@@ -399,6 +416,10 @@ def summarise(completions: list[tuple], eos_ids: list[int]) -> dict[str, float]:
     log["truncated"] = sum(ids[-1] not in eos_ids for ids, _, _ in completions) / len(completions)
     log |= {"tokens": float(lengths.mean()), "tokens_p50": float(lengths.quantile(0.5)), "tokens_p95": float(lengths.quantile(0.95))}
     log |= {f"tokens_{name}": float(lengths[rows].mean()) for name, rows in (("right", right), ("wrong", ~right)) if rows.any()}
+    if MIN_DISTINCT or MIN_DISTINCT_GROUP:
+        texts = [text for _, text, _ in completions]
+        groups = [distinct_2(texts[start:start + group]) for start in range(0, len(texts), group)]
+        log |= {"distinct_2": distinct_2(texts[::group]), "distinct_2_group": statistics.fmean(groups)}
     return log
 
 
@@ -406,7 +427,8 @@ def main() -> None:
     constants = override_constants(sys.argv[1:], is_tiny)
     root = Path(OUT or f"runs/{TASK}")
     folder, data, start = root / "grpo", Path(DATA or root / "data"), SFT or str(root / "sft")
-    for name, choices in {"BASELINE": ("momentum", "group", "none", "batch"), "AGGREGATE": ("sequence", "token", "constant")}.items():
+    for name, choices in {"BASELINE": ("momentum", "group", "none", "batch"), "AGGREGATE": ("sequence", "token", "constant"),
+                          "BEST_BY": ("accuracy", "reward")}.items():
         if constants[name] not in choices:
             sys.exit(f"unknown {name} {constants[name]!r}; there is {', '.join(choices)}")
     for name in ("STEPS", "PROMPTS_PER_STEP", "MAX_NEW_TOKENS", "ROLLOUT_ROWS", "UPDATES_PER_ROLLOUT", "MICRO_BATCH_TOKENS", "HEAD_CHUNK",
@@ -422,7 +444,7 @@ def main() -> None:
     val = held_out(train, val, data / "val.jsonl")
     if (data / "test.jsonl").is_file():
         held_out(train, read_rows(data / "test.jsonl", ("prompt",)), data / "test.jsonl")
-    inputs = {path.name: sha256(path) for path in (data / "train.jsonl", data / "val.jsonl")} | fingerprint("SFT", start)
+    inputs = {path.name: sha256(path) for path in (data / "train.jsonl", data / "val.jsonl")} | use_data(data) | fingerprint("SFT", start)
     checkpoint = newest_checkpoint(folder) if start_run(folder, constants, inputs, device_name()) else None
     set_seed(SEED)
     torch.set_num_threads(THREADS or os.cpu_count())
@@ -440,8 +462,8 @@ def main() -> None:
     optimizer = adamw(parameters, betas=(0.9, 0.99))
     generator, random_order = torch.Generator().manual_seed(SEED), random.Random(SEED)
     # all that a step leaves for the next, beside the policy, the optimizer and the random number generators
-    run = SimpleNamespace(step=-1, order=[], running_mean=None, running_std=None, best=-1.0, bests=[], below=0, last=0.0, skipped=0, nonfinite=0,
-                          spikes=0, norms=[], seconds=0.0)
+    run = SimpleNamespace(step=-1, order=[], running_mean=None, running_std=None, best=-1.0, bests=[], below=0, last=0.0, first={}, ended="",
+                          skipped=0, nonfinite=0, spikes=0, norms=[], seconds=0.0)
     if checkpoint:
         load_checkpoint(checkpoint, folder, run, [optimizer])
         generator.set_state(run.generator)
@@ -463,8 +485,8 @@ def main() -> None:
     began, stop = time.time() - run.seconds, catch_signals()
 
     for step in tqdm(range(run.step + 1, STEPS + 1), desc="grpo", unit="step", dynamic_ncols=True, initial=run.step + 1, total=STEPS + 1):
-        if run.below >= PATIENCE:
-            tqdm.write(f"val accuracy was below its best, {run.best:.3f} at step {run.bests[-1]}, for {PATIENCE} evaluations: stopped")
+        if run.ended:
+            tqdm.write(f"stopped: {run.ended}")
             break
         log = {"step": step}
         if step:
@@ -482,7 +504,7 @@ def main() -> None:
             # 2 rewards
             rewards = torch.tensor([float("nan") if s is None else s["reward"] for _, _, s in completions], dtype=torch.float64)
             rewards = rewards.view(PROMPTS_PER_STEP, GROUP_SIZE)
-            log |= summarise(completions, eos_ids) | stats
+            log |= summarise(completions, eos_ids, GROUP_SIZE) | stats
 
             # 3 advantages
             mean, std = group_statistics(rewards)
@@ -554,10 +576,18 @@ def main() -> None:
             clock = time.time()
             rows, prompts = ([x for x in xs for _ in range(EVAL_SAMPLES)] for xs in (val, val_ids))
             completions = generate(model, rows, prompts, eos_ids, tokenizer, torch.Generator().manual_seed(SEED), EVAL_TEMPERATURE, EVAL_TOP_P)
-            log |= {f"val_{name}": value for name, value in summarise(completions, eos_ids).items()}
+            log |= {f"val_{name}": value for name, value in summarise(completions, eos_ids, EVAL_SAMPLES).items()}
             log |= {"val_lengths": [len(ids) for ids, _, _ in completions], "val_seconds": time.time() - clock}
-            run.last, run.below = log["val_accuracy"], 0 if log["val_accuracy"] >= run.best else run.below + 1
-            if run.last > run.best:
+            run.last = log[f"val_{BEST_BY}"]
+            run.below = 0 if run.last >= run.best else run.below + 1
+            if run.below >= PATIENCE:
+                run.ended = f"val {BEST_BY} was below its best, {run.best:.3f} at step {run.bests[-1]}, for {PATIENCE} evaluations"
+            for name, value in run.first.items():
+                least = MIN_DISTINCT_GROUP if name.endswith("group") else MIN_DISTINCT
+                if log[name] < least * value:
+                    run.ended = f"{name} fell from {value:.3f} to {log[name]:.3f}, below {least} of it: nothing since is kept as the best"
+            run.first = run.first or {name: value for name, value in log.items() if name.startswith("val_distinct_2")}
+            if run.last > run.best and not run.ended:
                 run.best, run.bests = run.last, run.bests + [step]
         run.step, run.seconds, run.generator, run.random_order = step, time.time() - began, generator.get_state(), random_order.getstate()
         log |= {"seconds": run.seconds, "peak_gib": peak_memory()}
@@ -577,7 +607,7 @@ def main() -> None:
             sys.exit(128 + asked[0])
 
     writer.close()
-    finish_run(folder, {"steps": run.step, "best_step": run.bests[-1], "best_val_accuracy": run.best, "last_val_accuracy": run.last,
+    finish_run(folder, {"steps": run.step, "best_step": run.bests[-1], f"best_val_{BEST_BY}": run.best, f"last_val_{BEST_BY}": run.last,
                         "skipped": run.skipped, "seconds": run.seconds, "peak_gib": peak_memory()})
 
 
@@ -699,10 +729,10 @@ def override_constants(argv: list[str], is_tiny=lambda given: False) -> dict:
               if re.fullmatch("[A-Z][A-Z0-9_]*", name) and isinstance(value, (int, float, str))}
     source = "\n".join(Path(module.__file__).read_text(encoding="utf-8") for module in (reward, sys.modules[__name__]))
     comments = dict(re.findall(r"^([A-Z][A-Z0-9_]*) = [^#\n]*(?:# (.*))?$", source, re.MULTILINE))
-    tiny = globals().get("TINY", {})
+    sets = {name: globals().get(name.upper().replace(" ", "_"), {}) for name in ("lyrics", "tiny", "tiny lyrics")}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for name, scope in scopes.items():
-        default = f"{scope[name]!r}" + (f", tiny: {tiny[name]!r}" if name in tiny else "")
+        default = f"{scope[name]!r}" + "".join(f", {kind}: {values[name]!r}" for kind, values in sets.items() if name in values)
         parser.add_argument(f"--{name.lower()}", type=type(scope[name]), metavar=type(scope[name]).__name__,
                             help=f"({default}) {comments.get(name, '')}".replace("%", "%%"), default=argparse.SUPPRESS)
     known, unknown = parser.parse_known_args(argv)
@@ -711,8 +741,10 @@ def override_constants(argv: list[str], is_tiny=lambda given: False) -> dict:
         near = [f"--{n.lower()}" for n in difflib.get_close_matches(name, scopes, 3, 0.5)]
         parser.exit(2, f"{Path(__file__).name}: no constant {name}" + (f"; did you mean {' or '.join(near)}?\n" if near else "; see --help\n"))
     given = {name.upper(): value for name, value in vars(known).items()}
-    for name, value in {**(tiny if is_tiny(given) else {}), **given}.items():
-        scopes[name][name] = value
+    kinds = [given.get("TASK", TASK)] + (["tiny", f"tiny {given.get('TASK', TASK)}"] if is_tiny(given) else [])
+    for values in [sets.get(kind, {}) for kind in kinds] + [given]:
+        for name, value in values.items():
+            scopes[name][name] = value
     if TASK not in reward.TASKS:
         parser.exit(2, f"{Path(__file__).name}: unknown TASK {TASK!r}; there is {', '.join(reward.TASKS)}\n")
     return {name: scope[name] for name, scope in scopes.items()}
@@ -741,8 +773,8 @@ def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str
     except BlockingIOError:
         sys.exit(f"{folder}: another process works in it. Wait for its end, or set OUT= to another folder")
     # they say where and how fast, not what
-    free = ("OUT", "DATA", "SFT", "RESUME", "STRICT", "THREADS", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS", "HEAD_CHUNK", "GRADIENT_CHECKPOINTING",
-            "SAVE_EVERY", "KEEP_LAST")
+    free = ("OUT", "DATA", "SFT", "RAW", "RESUME", "STRICT", "THREADS", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS", "HEAD_CHUNK",
+            "GRADIENT_CHECKPOINTING", "SAVE_EVERY", "KEEP_LAST")
     sources = [Path(__file__).resolve(), Path(reward.__file__).resolve()]
     header = {"constants": constants, "inputs": inputs | {path.name: sha256(path) for path in sources}, "device": device,
               "python": platform.python_version(), "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}}
@@ -829,6 +861,16 @@ def refuse_damaged(policy: Path) -> None:
     found = damage(policy) if (policy / "manifest.json").is_file() else ""
     if found:
         sys.exit(f"the policy {policy} is damaged: {found}.\nRemove its summary.json and run the command that made it: it comes back from its step-N")
+
+
+def use_data(data: Path) -> dict[str, str]:
+    """Gives the reward what it takes from the data folder, or from the one above it, and returns its sha256. Exits where that is not there."""
+    table = next((path for path in (data / "table.json", data.parent / "table.json") if path.is_file()), data / "table.json")
+    try:
+        reward.use_data(TASK, table.parent)
+    except ValueError as error:
+        sys.exit(str(error))
+    return {"table.json": sha256(table)} if TASK == "lyrics" else {}
 
 
 def try_score(text: str, row: dict, truncated: bool) -> tuple[dict[str, float] | None, str]:

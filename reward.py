@@ -1,6 +1,6 @@
 """The task contract: prompt, parser and rewards. Every other script imports this file; it imports only the standard library.
 
-A whole example (`python -m doctest reward.py` checks it):
+A whole example of the 24-point game (`python -m doctest reward.py` checks it):
 
 >>> completion = '''<think>
 ... 4 10 6 5 | 10 + 4 = 14
@@ -18,13 +18,23 @@ A whole example (`python -m doctest reward.py` checks it):
 
 A line of reasoning is a step, `state | a op b = c` (the state may be left out), or it composes the answer: after a step has
 reached the target, an expression of that value with more numbers than the composing line before it. Any other line is wrong.
+
+A verse of TASK=lyrics is `<think>plan</think>《title》/line/line`. Its reward is gates x weighted parts, so that no part can be traded
+against being a text at all. Known hole: keywords glued onto lines that have nothing to do with them count as covered; a judge sees that.
 """
 
+import base64
 import json
 import math
 import re
+import zlib
+from array import array
+from bisect import bisect_left
+from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 
+# game24
 OUTCOME_WEIGHT = 0.55        # the total is the weighted sum of these three (report on the 24-point game)
 PROCESS_WEIGHT = 0.30
 LENGTH_WEIGHT = 0.15
@@ -33,7 +43,19 @@ LENGTH_NEEDS_CORRECT = 1     # 1: the length reward is paid for right answers on
 MIN_STEPS = 3                # least divisor of the process reward: a solution has three steps
 MAX_EXPRESSION_CHARS = 200   # a longer expression or line is refused, which bounds the time of any input
 MAX_EXPRESSION_DEPTH = 20    # nested brackets
-MAX_LINES = 200              # lines of reasoning that are read; each further one counts as wrong
+MAX_LINES = 200              # lines that are read; of a reasoning each further one counts as wrong
+# lyrics: the weights of the parts sum to 1
+FORMAT_WEIGHT = 0.25         # one think pair, title, lines
+WINDOW_WEIGHT = 0.15         # lines, characters and thought about as long as those of the training texts
+COVERAGE_WEIGHT = 0.30       # keywords that stand in a line of their own right
+RHYME_WEIGHT = 0.20
+PARALLEL_WEIGHT = 0.10       # lines as long as a neighbour
+RHYME_GOAL = 0.7             # share of rhyming lines that earns all; ABCB has a half, couplets have all
+MAX_KEYWORDS_IN_LINE = 2     # a line with more is a list of keywords ...
+MIN_OTHER_HAN = 3            # ... and one with fewer other characters says nothing of them
+LINE_HAN = 5                 # characters from which a line that is in a training text counts as copied; shorter ones are anyone's
+PRIOR = 4.0                  # pseudo-count of the bigram probabilities
+FREE = "随意写一首"           # the prompt of a text without keywords
 
 OPERATORS = {"+": Fraction.__add__, "-": Fraction.__sub__, "*": Fraction.__mul__, "/": Fraction.__truediv__}
 OTHER_SIGNS = str.maketrans("×÷−＋－＊／（）＝", "*/-+-*/()=")
@@ -173,14 +195,145 @@ def score_game24(completion: str, row: dict, truncated: bool) -> dict[str, float
             "answered": float(answered), "steps": float(counted), "lines": float(len(lines))}
 
 
-TASKS = {"game24": (valid_row, score_game24)}     # what refuses an unusable row, and what scores a completion
+han_range = "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"      # Chinese characters, with 々 and 〇
+HAN = re.compile(f"[{han_range}]+")
+table = {}                   # of the training texts: rhymes, bigrams, known lines, usual lengths; use_data fills it
+
+
+def use_data(task: str, folder: Path) -> None:
+    """Loads what a task's reward takes from its data folder: table.json of data_prep.py, for lyrics. Raises ValueError where it is not there."""
+    if task != "lyrics":
+        return
+    try:
+        made = json.loads(Path(folder, "table.json").read_text(encoding="utf-8"))
+        made["finals"] = {character: final for final, characters in made["finals"].items() for character in characters}
+        made["lines"] = array("I", base64.b64decode(made["lines"]))
+        made["total"] = sum(made["characters"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}/table.json, which the rewards of lyrics need, cannot be read: {error!r}. data_prep.py makes it, beside the data")
+    table.clear()
+    table.update(made)
+
+
+def valid_keywords(row: dict) -> list[str]:
+    """The keywords of a row; none for a text that is written freely. Raises ValueError with what is there instead."""
+    keywords = row.get("keywords") if isinstance(row, dict) else None
+    if not isinstance(keywords, (list, tuple)) or len(keywords) > 10 or not all(isinstance(k, str) and HAN.search(k) for k in keywords):
+        raise ValueError(f"keywords must be a list of at most ten Chinese words, not {keywords!r}")
+    return list(keywords)
+
+
+def han(text: str) -> str:
+    """The Chinese characters of a text, without all else."""
+    return "".join(HAN.findall(text))
+
+
+def split_verse(completion: str) -> tuple[str, str, list[str], float]:
+    """Thought, title and lines of a completion, and how much of the form it keeps: a half for the think pair, a quarter each for title and lines."""
+    before, opened, body = completion.partition("<think>")
+    thought, closed, rest = (body if opened else completion).partition("</think>")     # a chat template may have opened it
+    if not closed:
+        thought, rest = "", completion
+    title = re.match(r"\s*《([^《》/\n]{1,20})》/", rest)
+    lines = [line.strip() for line in re.split(r"[/\n]", rest[title.end():] if title else rest)][:MAX_LINES]
+    pair = bool(closed and han(thought)) and not before.strip() and "<think>" not in thought
+    kept = 2 * pair + bool(title) + (len(lines) > 1 and all(map(han, lines)) and not re.search(r"[<>《》\n]", rest[title.end():] if title else rest))
+    return thought, title[1] if title else "", [line for line in lines if line], kept / 4
+
+
+def between(value: float, zero: float, one: float) -> float:
+    """0 at `zero` and beyond, 1 at `one` and beyond, in a line between them."""
+    return min(1.0, max(0.0, (value - zero) / (one - zero)))
+
+
+def parallel_share(lines: list[str]) -> float:
+    """Share of the lines that have as many characters as the line before or after."""
+    sizes = [0, *(len(han(line)) for line in lines), 0]
+    return sum(sizes[i] in (sizes[i - 1], sizes[i + 1]) for i in range(1, len(sizes) - 1)) / max(1, len(lines))
+
+
+def rhyme_share(lines: list[str]) -> float:
+    """Share of the lines whose last character rhymes with that of a line at most two away, and is another character."""
+    ends = [line[-1] for line in map(han, lines) if line]
+    finals = [table["finals"].get(end) for end in ends]
+    return sum(any(i != j and finals[i] and finals[i] == finals[j] and ends[i] != ends[j] for j in range(max(0, i - 2), min(len(ends), i + 3)))
+               for i in range(len(ends))) / max(1, len(ends))
+
+
+def fluency(lines: list[str]) -> float:
+    """Mean log of how much likelier a character is after the one before it than anywhere, by the bigrams of the training texts."""
+    characters, bigrams, total, gains = table["characters"], table["bigrams"], table["total"], []
+    for line in map(han, lines):
+        for a, b in zip(line, line[1:]):
+            alone = (characters.get(b, 0) + 0.5) / total
+            gains.append(math.log((bigrams.get(a + b, 0) / alone + PRIOR) / (characters.get(a, 0) + PRIOR)))
+    return sum(gains) / len(gains) if gains else -math.inf
+
+
+def line_code(line: str) -> int:
+    """Hash of the characters of a line, as the known lines are stored."""
+    return zlib.crc32(han(line).encode())
+
+
+def known(line: str) -> bool:
+    """Whether the line is one of a training text."""
+    lines, code = table["lines"], line_code(line)
+    place = bisect_left(lines, code)
+    return place < len(lines) and lines[place] == code
+
+
+def score_lyrics(completion: str, row: dict, truncated: bool) -> dict[str, float]:
+    if not table:
+        raise ValueError("the rewards of lyrics need a table of the training texts: call reward.use_data('lyrics', folder of the data) first")
+    keywords = valid_keywords(row)
+    thought, _, lines, form = split_verse(completion)
+    texts = [line for line in map(han, lines) if line]
+    distinct, joined = list(dict.fromkeys(texts)), "".join(texts)
+    count, size = len(texts), len(joined)
+    found, listed = set(), False
+    for line in texts:
+        there = [k for k in keywords if k in line]
+        others = len(line) - len(han("".join(there)))
+        listed |= len(there) > MAX_KEYWORDS_IN_LINE or (bool(there) and others <= 0)
+        found.update(there if len(there) <= MAX_KEYWORDS_IN_LINE and others >= MIN_OTHER_HAN else [])
+    coverage = len(found) / len(keywords) if keywords and not listed else 0.0
+
+    def window(name, value):        # 1 where most training texts lie, 0 from half the least and twice the most of them
+        low, high = table[name]
+        return between(value, low / 2, low) * between(value, 2 * high, high)
+
+    shortfall = max(table["thought_chars"][0] - len(thought), len(thought) - table["thought_chars"][1], 0)
+    size_window = window("line_count", count) * window("line_chars", size / max(1, count))
+    rhyming, chance = rhyme_share(texts), table["rhyme_chance"]
+    fours = [line[i:i + 4] for line in distinct for i in range(len(line) - 3)]
+    letters = sum(map(str.isalnum, "".join(lines)))
+    ends = Counter(line[-1] for line in distinct)
+    copied = [known(line) for line in distinct if len(line) >= LINE_HAN]
+    copied = sum(copied) / len(copied) if copied else 0.0
+    parts = {"format": form, "window": (size_window + length_reward(shortfall, threshold=0) * bool(thought)) / 2, "coverage": coverage,
+             "rhyme": between(rhyming, chance, max(RHYME_GOAL, chance + 0.1)), "parallel": parallel_share(texts)}
+    gates = {"finished": float(not truncated and bool(texts)), "chinese": between(size / letters, 0.6, 0.9) if letters else 0.0,
+             "repetition": between(len(distinct) / count, 0.3, 0.6) * between(len(set(fours)) / len(fours), 0.5, 0.75) if fours else 0.0,
+             "fluency": between(fluency(distinct), *table["fluency"]) if size > count else 0.0,
+             "ending": between(max(ends.values()) / len(distinct), 0.8, 0.5) if len(distinct) > 1 else float(bool(distinct)),
+             "original": between(copied, 0.6, 0.3)}
+    weights = {"format": FORMAT_WEIGHT, "window": WINDOW_WEIGHT, "coverage": COVERAGE_WEIGHT, "rhyme": RHYME_WEIGHT, "parallel": PARALLEL_WEIGHT}
+    reward = math.prod(gates.values()) * sum(weights[name] * value for name, value in parts.items())
+    answered = form == 1 and not truncated
+    return {"reward": reward, **parts, **gates, "correct": float(answered and coverage == 1 and min(gates.values()) >= 0.5),
+            "answered": float(answered), "lines": float(count), "rhyming": rhyming, "copied": copied}
+
+
+TASKS = {"game24": (valid_row, score_game24), "lyrics": (valid_keywords, score_lyrics)}      # what refuses an unusable row; what scores
 
 
 def score(task: str, completion: str, row: dict, truncated: bool = False) -> dict[str, float] | None:
     """Total reward, its parts in [0, 1] and facts of one completion; None when the row itself is unusable.
 
     Every task: reward, correct (0/1: a right answer), answered (0/1: any answer). game24 also: outcome, process, length; steps (lines that
-    are or should be steps), lines. Never raises on any completion. Raises ValueError on an unknown task.
+    are or should be steps), lines. lyrics also: the parts format, window, coverage, rhyme, parallel; the gates finished, chinese, repetition,
+    fluency, ending, original; lines, rhyming and copied (shares of lines); correct is every keyword covered, in full form, and every gate half
+    open. Never raises on any completion. Raises ValueError on an unknown task, and for lyrics before use_data.
     """
     if task not in TASKS:
         raise ValueError(f"unknown TASK {task!r}; there is {', '.join(TASKS)}")
@@ -197,14 +350,27 @@ def check_row(task: str, row: dict) -> None:
 
 
 def identity(task: str, row: dict) -> tuple:
-    """What must not be in both training and test: the hand in any order, with its target; the prompt of other tasks."""
-    return (*sorted(row["numbers"]), row.get("target", 24)) if task == "game24" else (row["prompt"],)
+    """What must not be in both training and test: the hand or the keywords in any order, a free text itself; the prompt of other tasks."""
+    if task == "game24":
+        return (*sorted(row["numbers"]), row.get("target", 24))
+    if task == "lyrics":
+        return tuple(sorted(row["keywords"])) or (row.get("completion"),)
+    return (row["prompt"],)
 
 
 def prompt(task: str, row: dict) -> str:
-    """The text that asks for a completion of the row."""
+    """The text that asks for a completion of the row. Raises ValueError on a row that cannot be scored."""
+    if task == "lyrics":
+        return "，".join(valid_keywords(row)) or FREE
     numbers, target = valid_row(row)
     return f"Make {target} from {' '.join(map(str, numbers))}"
+
+
+def question(task: str, text: str) -> dict:
+    """The row of a question that a person types: four numbers, or keywords, with spaces or commas between them. Raises ValueError."""
+    words = re.split(r"[\s,，、]+", text.strip())
+    row = {"keywords": words} if task == "lyrics" else {"numbers": [int(word) if word.isascii() and word.isdigit() else word for word in words]}
+    return {**row, "prompt": prompt(task, row)}
 
 
 def game24(prompts, completions, numbers, target=None, **kwargs) -> list[float | None]:
@@ -215,13 +381,20 @@ def game24(prompts, completions, numbers, target=None, **kwargs) -> list[float |
     return [s and s["reward"] for s in scores]
 
 
+def lyrics(prompts, completions, keywords, **kwargs) -> list[float | None]:
+    """TRL `reward_funcs` like game24, after use_data; `keywords` is a column of the dataset."""
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    scores = [score("lyrics", text, {"keywords": words}) for text, words in zip(texts, keywords, strict=True)]
+    return [s and s["reward"] for s in scores]
+
+
 def compute_score(data_source, solution_str, ground_truth, extra_info=None) -> float:
-    """verl custom reward: `data_source` is the task; `ground_truth` the row or its numbers, as an object or as JSON.
+    """verl custom reward: `data_source` is the task; `ground_truth` the row, its numbers or its keywords, as an object or as JSON.
 
     Raises ValueError on a ground truth that cannot be scored.
     """
     truth = json.loads(ground_truth) if isinstance(ground_truth, str) else ground_truth
-    scores = score(data_source, solution_str, truth if isinstance(truth, dict) else {"numbers": truth})
+    scores = score(data_source, solution_str, truth if isinstance(truth, dict) else {"keywords" if data_source == "lyrics" else "numbers": truth})
     if scores is None:
-        raise ValueError(f"unusable ground_truth {ground_truth!r}: four positive integers are expected")
+        raise ValueError(f"unusable ground_truth {ground_truth!r}: four positive integers, or for lyrics keywords, are expected")
     return scores["reward"]

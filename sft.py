@@ -10,6 +10,7 @@ layer sees completion tokens only, so the logits of a 152k vocabulary never fill
 """
 
 import argparse
+import contextlib
 import difflib
 import fcntl
 import hashlib
@@ -50,6 +51,7 @@ DEFAULT_MODEL = "Qwen/Qwen2.5-1.5B-Instruct"
 REVISION = ""                # commit, tag or branch of a hub model; empty: the default branch
 OUT = ""                     # root folder of the run; empty: runs/TASK
 DATA = ""                    # folder of train.jsonl and val.jsonl; empty: OUT/data
+VOCABULARY = ""              # a jsonl of later training, whose words a new tiny model has to know too
 RESUME = 1                   # 0: start anew where a run is, finished or cut off
 STRICT = 1                   # 0: bad rows of the data are skipped and counted, not refused
 SEED = 0
@@ -61,7 +63,8 @@ LORA_ALPHA = 64              # the update is scaled by LORA_ALPHA / LORA_RANK
 BF16 = 1                     # bf16 matrix products where the processor has them; weights stay in fp32
 GRADIENT_CHECKPOINTING = 1   # recompute activations in the backward pass: less memory, a third more time
 # Training
-STEPS = 600                  # optimizer steps
+STEPS = 600                  # optimizer steps, ...
+MAX_EPOCHS = 0               # ... or fewer: at most so many passes over the data, which a small corpus needs; 0: no limit
 LR = 2e-4                    # peak; about ten times that of training all weights
 WARMUP = 0.03                # share of STEPS with a rising learning rate, then a cosine to MIN_LR
 MIN_LR = 0.1                 # last learning rate as a share of LR
@@ -91,6 +94,9 @@ SKIP_SPIKES = 0              # ... and 1: its update is skipped
 TINY = {"MODEL": "tiny", "LOAD_4BIT": 0, "LORA_RANK": 0, "GRADIENT_CHECKPOINTING": 0, "OPTIMIZER_8BIT": 0, "STEPS": 3600, "LR": 3e-3, "MUON_LR": 3e-3,
         "MIN_LR": 0.05, "WARMUP": 0.05, "WEIGHT_DECAY": 0.05, "BATCH_TOKENS": 2048, "MAX_NEW_TOKENS": 256, "EVAL_EVERY": 1200,
         "SAVE_EVERY": 100}
+# What TASK=lyrics has instead, and a tiny model in it
+LYRICS = {"DEFAULT_MODEL": "Qwen/Qwen2.5-0.5B-Instruct", "MAX_EPOCHS": 4}
+TINY_LYRICS = {"STEPS": 1600, "EVAL_EVERY": 1600, "MAX_NEW_TOKENS": 320}
 TINY_SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
@@ -98,9 +104,10 @@ TINY_SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers":
 
 
 def new_tiny_model(rows: list[dict]):
-    """An untrained Qwen2 of TINY_SHAPE and its tokenizer of the words in the rows."""
+    """An untrained Qwen2 of TINY_SHAPE and its tokenizer of the words in the rows, and in those of VOCABULARY."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
+    rows = rows + (read_rows(Path(VOCABULARY), ("prompt", "completion")) if VOCABULARY else [])
     tokenizer = tiny_tokenizer([f"{row['prompt']} {row['completion']}" for row in rows])
     config = Qwen2Config(vocab_size=len(tokenizer), **TINY_SHAPE, max_position_embeddings=2048, tie_word_embeddings=True,
                          tiny=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
@@ -108,22 +115,24 @@ def new_tiny_model(rows: list[dict]):
 
 
 def tiny_tokenizer(texts: list[str]):
-    """A word is a token: numbers, operators, tags, newline, in the order of their first use in the training data."""
+    """A word is a token: numbers, operators, tags, newline, a Chinese character or mark, in the order of their first use in the training data."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = dict.fromkeys(["<pad>", "<eos>", "<unk>"] + [word for text in texts for word in re.findall(r"\n|\S+", text)] + ["\n"])
+    word = r"\n|</?[a-z]+>|[^\s!-~]|[!-;=-~]+|<"
+    words = dict.fromkeys(["<pad>", "<eos>", "<unk>"] + [found for text in texts for found in re.findall(word, text)] + ["\n"])
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|\S+"), behavior="removed", invert=True)
-    tokenizer.decoder = decoders.Sequence([decoders.WordPiece(prefix="##", cleanup=False), decoders.Fuse(), decoders.Replace(" \n ", "\n")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(word), behavior="removed", invert=True)
+    tokenizer.decoder = decoders.Sequence([decoders.WordPiece(prefix="##", cleanup=False), decoders.Fuse(), decoders.Replace(" \n ", "\n"),
+                                           decoders.Replace(Regex(r"(?<=[^\x00-\x7f]) | (?=[^\x00-\x7f])"), "")])       # Chinese has no spaces
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>",
                                    clean_up_tokenization_spaces=False)
 
 
 def make_optimizers(model) -> list:
-    """Muon for the matrices of a model that is trained from scratch, AdamW for all else."""
+    """Muon for the matrices of a model that is trained from scratch, AdamW for all else, adapters among them."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = [p for name, p in trained.items() if MUON_LR and p.ndim == 2 and "embed" not in name and "lm_head" not in name]
+    matrices = [p for name, p in trained.items() if MUON_LR and p.ndim == 2 and not re.search("embed|lm_head|lora_", name)]
     others = [p for p in trained.values() if not any(p is m for m in matrices)]
     optimizers = [adamw(others, betas=(0.9, 0.95))]
     if matrices:
@@ -237,6 +246,7 @@ def evaluate(model, tokenizer, samples, rows: list[dict]) -> dict[str, float]:
 
 
 def main() -> None:
+    global STEPS
     constants = override_constants(sys.argv[1:], is_tiny)
     root = Path(OUT or f"runs/{TASK}")
     folder, data = root / "sft", Path(DATA or root / "data")
@@ -248,8 +258,9 @@ def main() -> None:
     val = held_out(train, val, data / "val.jsonl")
     if (data / "test.jsonl").is_file():
         held_out(train, read_rows(data / "test.jsonl", ("prompt",)), data / "test.jsonl")
-    base = "" if is_tiny({}) else DEFAULT_MODEL if MODEL == "auto" else MODEL
-    inputs = {path.name: sha256(path) for path in (data / "train.jsonl", data / "val.jsonl")} | (fingerprint("MODEL", base) if base else {})
+    base = {"tiny": "", "auto": "" if is_tiny({}) else DEFAULT_MODEL}.get(MODEL, MODEL)
+    inputs = {path.name: sha256(path) for path in (data / "train.jsonl", data / "val.jsonl")} | use_data(data)
+    inputs |= (fingerprint("MODEL", base) if base else {}) | ({"VOCABULARY": sha256(Path(VOCABULARY))} if Path(VOCABULARY).is_file() else {})
     checkpoint = newest_checkpoint(folder) if start_run(folder, constants, inputs, device_name()) else None
     set_seed(SEED)
     torch.set_num_threads(THREADS or os.cpu_count())
@@ -274,6 +285,9 @@ def main() -> None:
         return kept
 
     samples, val_samples = encode(train), encode([row for row in val if row.get("completion")])
+    if MAX_EPOCHS:
+        STEPS = min(STEPS, MAX_EPOCHS * len(batches([len(ids) for ids, _ in samples], BATCH_TOKENS, random.Random(SEED))))
+        print(f"{STEPS} steps")
     optimizers = make_optimizers(model)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     rng = random.Random(SEED)
@@ -454,10 +468,10 @@ def override_constants(argv: list[str], is_tiny=lambda given: False) -> dict:
               if re.fullmatch("[A-Z][A-Z0-9_]*", name) and isinstance(value, (int, float, str))}
     source = "\n".join(Path(module.__file__).read_text(encoding="utf-8") for module in (reward, sys.modules[__name__]))
     comments = dict(re.findall(r"^([A-Z][A-Z0-9_]*) = [^#\n]*(?:# (.*))?$", source, re.MULTILINE))
-    tiny = globals().get("TINY", {})
+    sets = {name: globals().get(name.upper().replace(" ", "_"), {}) for name in ("lyrics", "tiny", "tiny lyrics")}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for name, scope in scopes.items():
-        default = f"{scope[name]!r}" + (f", tiny: {tiny[name]!r}" if name in tiny else "")
+        default = f"{scope[name]!r}" + "".join(f", {kind}: {values[name]!r}" for kind, values in sets.items() if name in values)
         parser.add_argument(f"--{name.lower()}", type=type(scope[name]), metavar=type(scope[name]).__name__,
                             help=f"({default}) {comments.get(name, '')}".replace("%", "%%"), default=argparse.SUPPRESS)
     known, unknown = parser.parse_known_args(argv)
@@ -466,16 +480,20 @@ def override_constants(argv: list[str], is_tiny=lambda given: False) -> dict:
         near = [f"--{n.lower()}" for n in difflib.get_close_matches(name, scopes, 3, 0.5)]
         parser.exit(2, f"{Path(__file__).name}: no constant {name}" + (f"; did you mean {' or '.join(near)}?\n" if near else "; see --help\n"))
     given = {name.upper(): value for name, value in vars(known).items()}
-    for name, value in {**(tiny if is_tiny(given) else {}), **given}.items():
-        scopes[name][name] = value
+    kinds = [given.get("TASK", TASK)] + (["tiny", f"tiny {given.get('TASK', TASK)}"] if is_tiny(given) else [])
+    for values in [sets.get(kind, {}) for kind in kinds] + [given]:
+        for name, value in values.items():
+            scopes[name][name] = value
     if TASK not in reward.TASKS:
         parser.exit(2, f"{Path(__file__).name}: unknown TASK {TASK!r}; there is {', '.join(reward.TASKS)}\n")
     return {name: scope[name] for name, scope in scopes.items()}
 
 
 def is_tiny(given: dict) -> bool:
-    """Whether the TINY constants hold: MODEL=tiny, or MODEL=auto without a GPU."""
+    """Whether the TINY constants hold: MODEL=tiny, MODEL=auto without a GPU, or a policy that began as one of these."""
     model = given.get("MODEL", MODEL)
+    with contextlib.suppress(OSError, ValueError):          # what is damaged is named where it is loaded
+        return bool(json.loads(Path(model, "config.json").read_text(encoding="utf-8")).get("tiny"))
     return model == "tiny" or (model == "auto" and not torch.cuda.is_available())
 
 
@@ -493,8 +511,8 @@ def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str
     except BlockingIOError:
         sys.exit(f"{folder}: another process works in it. Wait for its end, or set OUT= to another folder")
     # they say where and how fast, not what
-    free = ("OUT", "DATA", "SFT", "RESUME", "STRICT", "THREADS", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS", "HEAD_CHUNK", "GRADIENT_CHECKPOINTING",
-            "SAVE_EVERY", "KEEP_LAST")
+    free = ("OUT", "DATA", "SFT", "RAW", "RESUME", "STRICT", "THREADS", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS", "HEAD_CHUNK",
+            "GRADIENT_CHECKPOINTING", "SAVE_EVERY", "KEEP_LAST")
     sources = [Path(__file__).resolve(), Path(reward.__file__).resolve()]
     header = {"constants": constants, "inputs": inputs | {path.name: sha256(path) for path in sources}, "device": device,
               "python": platform.python_version(), "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}}
@@ -581,6 +599,16 @@ def refuse_damaged(policy: Path) -> None:
     found = damage(policy) if (policy / "manifest.json").is_file() else ""
     if found:
         sys.exit(f"the policy {policy} is damaged: {found}.\nRemove its summary.json and run the command that made it: it comes back from its step-N")
+
+
+def use_data(data: Path) -> dict[str, str]:
+    """Gives the reward what it takes from the data folder, or from the one above it, and returns its sha256. Exits where that is not there."""
+    table = next((path for path in (data / "table.json", data.parent / "table.json") if path.is_file()), data / "table.json")
+    try:
+        reward.use_data(TASK, table.parent)
+    except ValueError as error:
+        sys.exit(str(error))
+    return {"table.json": sha256(table)} if TASK == "lyrics" else {}
 
 
 def try_score(text: str, row: dict, truncated: bool) -> tuple[dict[str, float] | None, str]:

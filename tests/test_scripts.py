@@ -293,6 +293,8 @@ def test_make_train_goes_on_after_kills_and_ends_with_the_same_metrics(trained, 
 
 def test_a_policy_of_the_tiny_model_is_known_as_such_wherever_it_lies(run, trained, tmp_path):
     shutil.copytree(trained / "grpo", tmp_path / "policy", ignore=shutil.ignore_patterns("run.json", "step-*"))
+    output = done(run("sft", out=tmp_path, data=trained / "data", model=tmp_path / "policy", steps=1, **SMALL_SFT))
+    assert "LORA_RANK = 0\n" in output and "LOAD_4BIT = 0\n" in output
     output = done(run("grpo", out=tmp_path, data=trained / "data", sft=tmp_path / "policy", steps=1, **SMALL_GRPO))
     assert "LORA_RANK = 0\n" in output and "TOP_P = 1.0\n" in output
     settings = {"samples": 1, "bootstrap": 10, "max_new_tokens": 5}
@@ -476,7 +478,8 @@ def test_make_refuses_an_unknown_constant_at_once(name, near):
 
 def test_make_help_lists_the_targets():
     output = done(make("help"))
-    for target in ("train", "data", "sft", "grpo", "eval", "plots", "ask", "export", "test", "lint", "soak", "audit", "clean", "help"):
+    for target in ("train", "data", "sft", "grpo", "eval", "plots", "ask", "export", "judge", "qwen-lora", "qwen-cot-lora", "ds-lora", "ds-rl",
+                   "test", "lint", "soak", "audit", "clean", "help"):
         line, = re.findall(rf"^make {target} +(.+)$", output, re.MULTILINE)
         comment, = re.findall(rf"^{target}:.*## (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert line == comment
@@ -578,7 +581,7 @@ def test_eval_refuses_hands_that_were_trained_on(run, root):
 def test_eval_on_hands_of_a_file(run, root):
     hands = write(root / "hands.txt", "1 1 11 11", "", "10, 10, 4, 4")
     done(run("eval", out=root, hands=hands, samples=1, bootstrap=10, max_new_tokens=5))
-    assert load(root / "eval/metrics.json")["grpo"]["hands"] == 3       # of the test split, as it was
+    assert load(root / "eval/metrics.json")["grpo"]["prompts"] == 3       # of the test split, as it was
     assert [c["prompt"] for c in read(root / "eval-hands/grpo.jsonl")] == 2 * ["Make 24 from 1 1 11 11", "Make 24 from 10 10 4 4"]
     write(hands, "1 1 11 11", "1 1 x 11")
     assert f"{hands}:2: numbers must be" in refused(run("eval", out=root, resume=0, hands=hands))
@@ -725,7 +728,7 @@ def test_readme_commands_exist(name):
         return
     commands = list(commands_of((ROOT / name).read_text(encoding="utf-8")))
     assert ["make", "train"] in commands and ["make", "test"] in commands
-    targets = {".venv", *re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)}
+    targets = {".venv", *re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)}
     for program, *words in commands:
         if program == "make":
             given = [word for word in words if "=" in word]
