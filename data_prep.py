@@ -819,7 +819,7 @@ def text_table(train: list[dict], thoughts: list[str], val: list[dict], classes:
     """What reward.py knows of the training texts, as table.json holds it; `fluency` is scaled on val texts, which are not counted.
 
     `fluency`: what earns 0, the median of val texts with shuffled characters, and what earns 1, which three quarters of the val texts reach.
-    Lengths: 2nd and 98th percentile. `rhyme_chance`: share of rhyming lines where lines of any texts are put together.
+    Lengths: 2nd and 98th percentile; `pair_share` the 5th. `rhyme_chance`: share of rhyming lines where lines of any texts are put together.
     """
     texts = [[reward.han(line) for line in verse_lines(row["text"])] for row in train]
     every = [line for lines in texts for line in lines]
@@ -846,6 +846,7 @@ def text_table(train: list[dict], thoughts: list[str], val: list[dict], classes:
 
     return {"finals": classes, "characters": characters, "bigrams": dict(bigrams.most_common(MAX_BIGRAMS)),
             "lines": base64.b64encode(array("I", codes).tobytes()).decode(), "fluency": [low, high], "rhyme_chance": sum(chance) / len(chance),
+            "pair_share": window(map(reward.pair_share, texts), 5)[0],
             "line_count": window(map(len, texts)), "line_chars": window(sum(map(len, lines)) / len(lines) for lines in texts),
             "thought_chars": window(map(len, thoughts), 0, 100)}
 

@@ -831,7 +831,7 @@ def draw(folder: Path, log: list[dict], completions: dict[str, list[dict]]) -> l
             axes.plot(*zip(*training), color=line.get_color(), alpha=0.25, linewidth=1) if training else None
         axes.set(xlabel="GRPO step", ylabel="share of completions" if game else "mean of completions", ylim=(0, 1),
                  title=f"{'Accuracy, unfinished and wrong' if game else 'Rule score and diversity'} (pale: training batches)")
-        axes.legend()
+        axes.legend(**({} if game else {"loc": "lower center", "ncols": 3, "fontsize": "small"}))
         finish(figure, "accuracy.png" if game else "reward.png")
         figure, axes = pyplot.subplots(figsize=(7, 4))
         shown = [steps[i] for i in sorted({0, len(steps) // 3, 2 * len(steps) // 3, len(steps) - 1})]

@@ -109,7 +109,7 @@ TINY = {"LOAD_4BIT": 0, "LORA_RANK": 0, "GRADIENT_CHECKPOINTING": 0, "OPTIMIZER_
         "LR": 2e-4, "STEPS": 100, "ROLLOUT_ROWS": 272, "EVAL_EVERY": 10, "EVAL_SAMPLES": 4, "PATIENCE": 6}
 # What TASK=lyrics has instead, and a tiny model in it
 LYRICS = {"BEST_BY": "reward", "MIN_DISTINCT": 0.9, "MIN_DISTINCT_GROUP": 0.8, "EVAL_SAMPLES": 4}
-TINY_LYRICS = {"MAX_NEW_TOKENS": 320, "PROMPTS_PER_STEP": 16, "STEPS": 80}
+TINY_LYRICS = {"MAX_NEW_TOKENS": 320, "PROMPTS_PER_STEP": 16}
 
 SHOWN = ("reward", "reward_std", "accuracy", "unfinished", "wrong", "tokens", "kl", "entropy", "clip_fraction", "grad_norm", "rollout_tokens_per_s",
          "update_tokens_per_s", "val_accuracy", "val_reward", "val_unfinished", "val_tokens", "val_distinct_2")      # of the log, on the screen

@@ -270,6 +270,12 @@ def fluency(lines: list[str]) -> float:
     return sum(gains) / len(gains) if gains else -math.inf
 
 
+def pair_share(lines: list[str]) -> float:
+    """Share of different pairs of neighbouring characters among those of all different lines; babble such as 打打翻打打翻 has few."""
+    pairs = [line[i:i + 2] for line in dict.fromkeys(map(han, lines)) for i in range(len(line) - 1)]
+    return len(set(pairs)) / max(1, len(pairs))
+
+
 def line_code(line: str) -> int:
     """Hash of the characters of a line, as the known lines are stored."""
     return zlib.crc32(han(line).encode())
@@ -313,7 +319,8 @@ def score_lyrics(completion: str, row: dict, truncated: bool) -> dict[str, float
     parts = {"format": form, "window": (size_window + length_reward(shortfall, threshold=0) * bool(thought)) / 2, "coverage": coverage,
              "rhyme": between(rhyming, chance, max(RHYME_GOAL, chance + 0.1)), "parallel": parallel_share(texts)}
     gates = {"finished": float(not truncated and bool(texts)), "chinese": between(size / letters, 0.6, 0.9) if letters else 0.0,
-             "repetition": between(len(distinct) / count, 0.3, 0.6) * between(len(set(fours)) / len(fours), 0.5, 0.75) if fours else 0.0,
+             "repetition": between(len(distinct) / count, 0.3, 0.6) * between(len(set(fours)) / len(fours), 0.5, 0.75)
+             * between(pair_share(distinct), 0.6 * table["pair_share"], 0.95 * table["pair_share"]) if fours else 0.0,
              "fluency": between(fluency(distinct), *table["fluency"]) if size > count else 0.0,
              "ending": between(max(ends.values()) / len(distinct), 0.8, 0.5) if len(distinct) > 1 else float(bool(distinct)),
              "original": between(copied, 0.6, 0.3)}
