@@ -299,7 +299,7 @@ def score_lyrics(completion: str, row: dict, truncated: bool) -> dict[str, float
     found, listed = set(), False
     for line in texts:
         there = [k for k in keywords if k in line]
-        others = len(line) - len(han("".join(there)))
+        others = len(re.sub("|".join(map(re.escape, there)), "", line)) if there else len(line)      # also without what repeats a keyword
         listed |= len(there) > MAX_KEYWORDS_IN_LINE or (bool(there) and others <= 0)
         found.update(there if len(there) <= MAX_KEYWORDS_IN_LINE and others >= MIN_OTHER_HAN else [])
     coverage = len(found) / len(keywords) if keywords and not listed else 0.0

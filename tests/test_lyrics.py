@@ -113,11 +113,14 @@ HACKS = {
     "thinking only": lambda row, head, title, lines, other, rng: head,
     "thinking not closed": lambda row, head, title, lines, other, rng: joined(head, title, lines).replace("</think>", ""),
     "empty": lambda row, head, title, lines, other, rng: "",
+    "babble": lambda row, head, title, lines, other, rng: joined(
+        head, title, [f"{k}{k[0] * n}{k}{k[-1] * n}" for n in (2, 1) for k in row["keywords"]]),
     "prompt": lambda row, head, title, lines, other, rng: row["prompt"] * 8,
     "prompt as lines": lambda row, head, title, lines, other, rng: joined(head, title, [row["prompt"]] * 8)}
 # the gates that close for a hack: on average at most so far open
 CLOSED = {"keyword list": ("repetition", 0), "keywords as lines": ("repetition", 0.1), "one line": ("repetition", 0),
           "two lines": ("repetition", 0.1), "one end": ("ending", 0), "one last character": ("ending", 0), "shuffled with keywords": ("fluency", 0.5),
+          "babble": ("repetition", 0.3),
           "half English": ("chinese", 0.1), "thinking only": ("finished", 0), "empty": ("finished", 0), "prompt as lines": ("repetition", 0),
           "memorised": ("original", 0), "truncated": ("finished", 0)}
 
