@@ -94,8 +94,8 @@ EVAL_TEMPERATURE = 0.7       # ... and how they are sampled: as in eval.py
 EVAL_TOP_P = 0.9
 BEST_BY = "accuracy"         # what the best has most of on val: accuracy or reward
 PATIENCE = 4                 # stop after so many evaluations in a row below the best
-MIN_DISTINCT = 0.0           # stop where distinct-2 of val, across prompts, falls below this share of its first value ...
-MIN_DISTINCT_GROUP = 0.0     # ... or within the completions of a prompt below this one, which share their keywords; 0: off
+MIN_DISTINCT = 0.0           # stop after two evaluations with distinct-2 of val, across prompts, below this share of its first value ...
+MIN_DISTINCT_GROUP = 0.0     # ... or within the completions of a prompt, which share their keywords, below this one; 0: off
 SAMPLES_EVERY = 10           # steps between sample completions in samples.jsonl
 # Faults
 SAVE_EVERY = 1               # steps between checkpoints: what a power cut costs at most
@@ -109,7 +109,7 @@ TINY = {"LOAD_4BIT": 0, "LORA_RANK": 0, "GRADIENT_CHECKPOINTING": 0, "OPTIMIZER_
         "LR": 2e-4, "STEPS": 100, "ROLLOUT_ROWS": 272, "EVAL_EVERY": 10, "EVAL_SAMPLES": 4, "PATIENCE": 6}
 # What TASK=lyrics has instead, and a tiny model in it
 LYRICS = {"BEST_BY": "reward", "MIN_DISTINCT": 0.9, "MIN_DISTINCT_GROUP": 0.8, "EVAL_SAMPLES": 4}
-TINY_LYRICS = {"MAX_NEW_TOKENS": 320, "PROMPTS_PER_STEP": 16}
+TINY_LYRICS = {"MAX_NEW_TOKENS": 320, "PROMPTS_PER_STEP": 16, "LR": 3e-4}
 
 SHOWN = ("reward", "reward_std", "accuracy", "unfinished", "wrong", "tokens", "kl", "entropy", "clip_fraction", "grad_norm", "rollout_tokens_per_s",
          "update_tokens_per_s", "val_accuracy", "val_reward", "val_unfinished", "val_tokens", "val_distinct_2")      # of the log, on the screen
@@ -419,7 +419,8 @@ def summarise(completions: list[tuple], eos_ids: list[int], group: int) -> dict[
     if MIN_DISTINCT or MIN_DISTINCT_GROUP:
         texts = [text for _, text, _ in completions]
         groups = [distinct_2(texts[start:start + group]) for start in range(0, len(texts), group)]
-        log |= {"distinct_2": distinct_2(texts[::group]), "distinct_2_group": statistics.fmean(groups)}
+        across = [distinct_2(texts[start::group]) for start in range(group)]        # one completion of each prompt
+        log |= {"distinct_2": statistics.fmean(across), "distinct_2_group": statistics.fmean(groups)}
     return log
 
 
@@ -462,7 +463,7 @@ def main() -> None:
     optimizer = adamw(parameters, betas=(0.9, 0.99))
     generator, random_order = torch.Generator().manual_seed(SEED), random.Random(SEED)
     # all that a step leaves for the next, beside the policy, the optimizer and the random number generators
-    run = SimpleNamespace(step=-1, order=[], running_mean=None, running_std=None, best=-1.0, bests=[], below=0, last=0.0, first={}, ended="",
+    run = SimpleNamespace(step=-1, order=[], running_mean=None, running_std=None, best=-1.0, bests=[], below=0, last=0.0, first={}, faded=False, ended="",
                           skipped=0, nonfinite=0, spikes=0, norms=[], seconds=0.0)
     if checkpoint:
         load_checkpoint(checkpoint, folder, run, [optimizer])
@@ -582,12 +583,14 @@ def main() -> None:
             run.below = 0 if run.last >= run.best else run.below + 1
             if run.below >= PATIENCE:
                 run.ended = f"val {BEST_BY} was below its best, {run.best:.3f} at step {run.bests[-1]}, for {PATIENCE} evaluations"
+            faded = ""
             for name, value in run.first.items():
                 least = MIN_DISTINCT_GROUP if name.endswith("group") else MIN_DISTINCT
                 if log[name] < least * value:
-                    run.ended = f"{name} fell from {value:.3f} to {log[name]:.3f}, below {least} of it: nothing since is kept as the best"
+                    faded = f"{name} fell from {value:.3f} to {log[name]:.3f}, below {least} of it, twice in a row"
+            run.ended, run.faded = run.ended or (faded if run.faded else ""), bool(faded)
             run.first = run.first or {name: value for name, value in log.items() if name.startswith("val_distinct_2")}
-            if run.last > run.best and not run.ended:
+            if run.last > run.best and not faded:       # what lost its diversity is never the best
                 run.best, run.bests = run.last, run.bests + [step]
         run.step, run.seconds, run.generator, run.random_order = step, time.time() - began, generator.get_state(), random_order.getstate()
         log |= {"seconds": run.seconds, "peak_gib": peak_memory()}
