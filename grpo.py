@@ -463,8 +463,8 @@ def main() -> None:
     optimizer = adamw(parameters, betas=(0.9, 0.99))
     generator, random_order = torch.Generator().manual_seed(SEED), random.Random(SEED)
     # all that a step leaves for the next, beside the policy, the optimizer and the random number generators
-    run = SimpleNamespace(step=-1, order=[], running_mean=None, running_std=None, best=-1.0, bests=[], below=0, last=0.0, first={}, faded=False, ended="",
-                          skipped=0, nonfinite=0, spikes=0, norms=[], seconds=0.0)
+    run = SimpleNamespace(step=-1, order=[], running_mean=None, running_std=None, best=-1.0, bests=[], below=0, last=0.0, first={},
+                          faded=False, ended="", skipped=0, nonfinite=0, spikes=0, norms=[], seconds=0.0)
     if checkpoint:
         load_checkpoint(checkpoint, folder, run, [optimizer])
         generator.set_state(run.generator)
