@@ -65,12 +65,13 @@ eval: $(EVAL)/summary.json       ## SFT against GRPO on the test split: table, p
 $(OUT)/.%.flags: FORCE
 	@mkdir -p $(OUT); printf '%s\n' "$(FLAGS_$*)" | cmp -s - $@ || printf '%s\n' "$(FLAGS_$*)" > $@
 
+# With RAW= data_prep.py looks at each text whether it is the same as before: a folder does not say that what is in it has changed.
 # DATA= and SFT= from the command line are there already: files of one's own, or a hub model.
 DATA_READY = $(if $(filter file,$(origin DATA)),$(DATA)/summary.json,$(wildcard $(DATA)/*.jsonl))
 SFT_READY = $(if $(filter file,$(origin SFT)),$(SFT)/summary.json,$(wildcard $(SFT)/summary.json))
 
 ifeq ($(origin DATA),file)
-$(DATA)/summary.json: data_prep.py reward.py $(OUT)/.data_prep.flags $(wildcard $(HOLDOUT) $(RAW)) $(call anew,data) | .venv/ready
+$(DATA)/summary.json: data_prep.py reward.py $(OUT)/.data_prep.flags $(wildcard $(HOLDOUT)) $(if $(RAW),FORCE) $(call anew,data) | .venv/ready
 	$(RUN) data_prep.py $(FLAGS_data_prep)
 endif
 ifeq ($(origin SFT),file)

@@ -106,7 +106,7 @@ API_TEMPERATURE = 0.7
 API_MAX_TOKENS = 1024        # of an answer
 API_PRICE_IN = 0.3           # money for a million tokens of messages ...
 API_PRICE_OUT = 1.2          # ... and of answers
-API_MAX_COST = 5.0           # the same money: what one run may cost at most, answers that are asked again included
+API_MAX_COST = 5.0           # the same money, for each round of calls (keywords, thoughts, scores), repeated answers included
 
 Step = tuple[Fraction, str, Fraction, Fraction]      # a, operator, b, result
 
@@ -340,12 +340,12 @@ def read_records(file: Path) -> Iterator[tuple[int, dict | None]]:
             for number, line in enumerate(lines, 1):
                 if line.strip() == "---":
                     if any(map(str.strip, text)):
-                        yield begin, titled(text, file.stem)
+                        yield begin, titled(text, "")
                     begin, text = number + 1, []
                 else:
                     text.append(line)
             if begin == 1 or any(map(str.strip, text)):
-                yield begin, titled(text, file.stem)
+                yield begin, titled(text, file.stem if begin == 1 else "")
 
 
 def titled(lines: list[str], stem: str) -> dict:
@@ -704,6 +704,8 @@ THOUGHT_QUESTION = ("有人拿到关键词“{listed}”，写成了下面的作
 
 def verse_lines(text: str) -> list[str]:
     """Lines of a text as they stand in a completion, where / separates them and 《》 marks the title."""
+    for ends in ("([。！？；])", "([，])"):        # one line of several sentences, as a csv may have it
+        text = text if "\n" in text.strip() else re.sub(ends, r"\1\n", text)
     lines = [re.sub("[<>/]", "", line).replace("《", "“").replace("》", "”").strip() for line in text.split("\n")]
     return [line for line in lines if reward.han(line)]
 
@@ -848,7 +850,7 @@ def text_table(train: list[dict], thoughts: list[str], val: list[dict], classes:
             "lines": base64.b64encode(array("I", codes).tobytes()).decode(), "fluency": [low, high], "rhyme_chance": sum(chance) / len(chance),
             "pair_share": window(map(reward.pair_share, texts), 5)[0],
             "line_count": window(map(len, texts)), "line_chars": window(sum(map(len, lines)) / len(lines) for lines in texts),
-            "thought_chars": window(map(len, thoughts), 0, 100)}
+            "thought_chars": window((len(reward.han(thought)) for thought in thoughts), 0, 100)}
 
 
 def split_texts(rows: list[dict], rng: random.Random) -> dict[str, list[dict]]:
@@ -856,7 +858,8 @@ def split_texts(rows: list[dict], rng: random.Random) -> dict[str, list[dict]]:
     rows = list({tuple(sorted(row["keywords"])): row for row in rng.sample(rows, len(rows))}.values())
     counts = {"test": min(TEST_TEXTS, len(rows) // 5), "val": min(VAL_TEXTS, len(rows) // 10), "train": len(rows)}
     if counts["val"] < 5:
-        sys.exit(f"{len(rows)} texts are left, 50 are needed at least; the funnel above says where the others went")
+        sys.exit(f"{len(rows)} texts are left, 50 are needed at least (and VAL_TEXTS, 5): the funnel above says where the others went. "
+                 "Add texts, then RESUME=0")
     splits, held = {name: [] for name in counts}, set()
     for name, count in counts.items():
         mine = set()
@@ -914,7 +917,8 @@ def raw_path() -> Path:
 def sha256_of_all(path: Path) -> str:
     """One hash of a file, or of the names and contents of all files of a folder."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else []
-    return hashlib.sha256("".join(f"{file.relative_to(path)} {sha256(file)}\n" for file in files).encode()).hexdigest() if files else sha256(path)
+    names = "".join(f"{file.relative_to(path)} {sha256(file)}\n" for file in files).encode(errors="surrogateescape")
+    return hashlib.sha256(names).hexdigest() if files else sha256(path)
 
 
 def prepare_lyrics(folder: Path) -> dict:
@@ -1083,6 +1087,13 @@ def main() -> None:
         sys.exit(f"HOLDOUT={HOLDOUT}: there is no such file")
     if TASK == "lyrics" and not any(path.is_file() for path in (raw_path(), *raw_path().rglob("*"))):
         sys.exit(f"RAW={raw_path()}: there is no such file, or no file in it")
+    if RAW and TASK != "lyrics":
+        sys.exit(f"RAW= is for TASK=lyrics, not {TASK}")
+    if not 1 <= KEYWORDS_MIN <= KEYWORDS_MAX <= min(10, WORDS):
+        sys.exit(f"1 <= KEYWORDS_MIN <= KEYWORDS_MAX <= 10 and WORDS is needed, not {KEYWORDS_MIN}, {KEYWORDS_MAX} and {WORDS}")
+    for name in ("VAL_TEXTS", "TEST_TEXTS", "COT_TEXTS", "VARIANTS", "MAX_BIGRAMS"):
+        if constants[name] < 1:
+            sys.exit(f"{name} must be above 0, not {constants[name]}")
     if STAGE not in ("raw", "keywords", "cot"):
         sys.exit(f"unknown STAGE {STAGE!r}; there is raw, keywords, cot")
     if not 1 <= LOWEST <= HIGHEST:
@@ -1141,7 +1152,8 @@ def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str
         sys.exit(f"{folder}: another process works in it. Wait for its end, or set OUT= to another folder")
     # they say where and how fast, not what
     free = ("OUT", "DATA", "SFT", "RAW", "RESUME", "STRICT", "THREADS", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS", "HEAD_CHUNK",
-            "GRADIENT_CHECKPOINTING", "SAVE_EVERY", "KEEP_LAST")
+            "GRADIENT_CHECKPOINTING", "SAVE_EVERY", "KEEP_LAST", "API_THREADS", "API_TIMEOUT", "API_RETRIES", "API_PRICE_IN", "API_PRICE_OUT",
+            "API_MAX_COST", "MAX_MISSING")
     sources = [Path(__file__).resolve(), Path(reward.__file__).resolve()]
     header = {"constants": constants, "inputs": inputs | {path.name: sha256(path) for path in sources}, "device": device,
               "python": platform.python_version(), "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}}

@@ -91,7 +91,7 @@ API_TEMPERATURE = 0.7
 API_MAX_TOKENS = 1024        # of an answer
 API_PRICE_IN = 0.3           # money for a million tokens of messages ...
 API_PRICE_OUT = 1.2          # ... and of answers
-API_MAX_COST = 5.0           # the same money: what one run may cost at most, answers that are asked again included
+API_MAX_COST = 5.0           # the same money, for each round of calls (keywords, thoughts, scores), repeated answers included
 # What policies that began as MODEL=tiny have instead: fp32 gives the same numbers whatever the batch
 TINY = {"LOAD_4BIT": 0, "BF16": 0, "MAX_NEW_TOKENS": 208}
 TINY_LYRICS = {"MAX_NEW_TOKENS": 320}
@@ -1164,7 +1164,8 @@ def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str
         sys.exit(f"{folder}: another process works in it. Wait for its end, or set OUT= to another folder")
     # they say where and how fast, not what
     free = ("OUT", "DATA", "SFT", "RAW", "RESUME", "STRICT", "THREADS", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS", "HEAD_CHUNK",
-            "GRADIENT_CHECKPOINTING", "SAVE_EVERY", "KEEP_LAST")
+            "GRADIENT_CHECKPOINTING", "SAVE_EVERY", "KEEP_LAST", "API_THREADS", "API_TIMEOUT", "API_RETRIES", "API_PRICE_IN", "API_PRICE_OUT",
+            "API_MAX_COST", "MAX_MISSING")
     sources = [Path(__file__).resolve(), Path(reward.__file__).resolve()]
     header = {"constants": constants, "inputs": inputs | {path.name: sha256(path) for path in sources}, "device": device,
               "python": platform.python_version(), "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}}

@@ -20,7 +20,8 @@ A line of reasoning is a step, `state | a op b = c` (the state may be left out),
 reached the target, an expression of that value with more numbers than the composing line before it. Any other line is wrong.
 
 A verse of TASK=lyrics is `<think>plan</think>《title》/line/line`. Its reward is gates x weighted parts, so that no part can be traded
-against being a text at all. Known hole: keywords glued onto lines that have nothing to do with them count as covered; a judge sees that.
+against being a text at all. Known holes, which a judge sees: keywords glued onto lines that have nothing to do with them count as covered;
+lines of common pairs of characters are fluent without sense; a copied line with one other character is no copy; of a thought the length counts.
 """
 
 import base64
@@ -55,6 +56,7 @@ MAX_KEYWORDS_IN_LINE = 2     # a line with more is a list of keywords ...
 MIN_OTHER_HAN = 3            # ... and one with fewer other characters says nothing of them
 LINE_HAN = 5                 # characters from which a line that is in a training text counts as copied; shorter ones are anyone's
 PRIOR = 4.0                  # pseudo-count of the bigram probabilities
+UNSEEN = -3.0                # fluency of a pair that no training text has, at most: characters that are rare there must not pass as fluent
 FREE = "随意写一首"           # the prompt of a text without keywords
 
 OPERATORS = {"+": Fraction.__add__, "-": Fraction.__sub__, "*": Fraction.__mul__, "/": Fraction.__truediv__}
@@ -210,7 +212,7 @@ def use_data(task: str, folder: Path) -> None:
         made["lines"] = array("I", base64.b64decode(made["lines"]))
         made["total"] = sum(made["characters"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder}/table.json, which the rewards of lyrics need, cannot be read: {error!r}. data_prep.py makes it, beside the data")
+        raise ValueError(f"{folder}/table.json, which the rewards of lyrics need, cannot be read: {error!r}. `make data TASK=lyrics` makes it")
     table.clear()
     table.update(made)
 
@@ -266,7 +268,8 @@ def fluency(lines: list[str]) -> float:
     for line in map(han, lines):
         for a, b in zip(line, line[1:]):
             alone = (characters.get(b, 0) + 0.5) / total
-            gains.append(math.log((bigrams.get(a + b, 0) / alone + PRIOR) / (characters.get(a, 0) + PRIOR)))
+            gain = math.log((bigrams.get(a + b, 0) / alone + PRIOR) / (characters.get(a, 0) + PRIOR))
+            gains.append(gain if a + b in bigrams else min(gain, UNSEEN))
     return sum(gains) / len(gains) if gains else -math.inf
 
 
@@ -308,7 +311,8 @@ def score_lyrics(completion: str, row: dict, truncated: bool) -> dict[str, float
         low, high = table[name]
         return between(value, low / 2, low) * between(value, 2 * high, high)
 
-    shortfall = max(table["thought_chars"][0] - len(thought), len(thought) - table["thought_chars"][1], 0)
+    planned = len(han(thought))
+    shortfall = max(table["thought_chars"][0] - planned, planned - table["thought_chars"][1], 0)
     size_window = window("line_count", count) * window("line_chars", size / max(1, count))
     rhyming, chance = rhyme_share(texts), table["rhyme_chance"]
     fours = [line[i:i + 4] for line in distinct for i in range(len(line) - 3)]
@@ -375,7 +379,9 @@ def prompt(task: str, row: dict) -> str:
 
 def question(task: str, text: str) -> dict:
     """The row of a question that a person types: four numbers, or keywords, with spaces or commas between them. Raises ValueError."""
-    words = re.split(r"[\s,，、]+", text.strip())
+    words = [word for word in re.split(r"[\s,，、。！；;/]+" if task == "lyrics" else r"[\s,，、]+", text) if word]
+    if not words:
+        raise ValueError(f"a question is expected, not {text!r}")
     row = {"keywords": words} if task == "lyrics" else {"numbers": [int(word) if word.isascii() and word.isdigit() else word for word in words]}
     return {**row, "prompt": prompt(task, row)}
 
