@@ -705,9 +705,44 @@ def test_report_and_sheet(trained):
 
 
 def test_second_make_does_nothing(trained, small):
-    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*") if path.is_file()}
-    assert ".py" not in done(make("train", **TRAIN, OUT=trained, RAW=small.parent / "raw.jsonl"))
-    assert before == {path: path.stat().st_mtime_ns for path in trained.rglob("*") if path.is_file()}
+    def state():        # with RAW= each stage is asked, and says by the time of its summary that it is up to date
+        return {path: path.stat().st_mtime_ns for path in trained.rglob("*") if path.is_file() and path.name != "summary.json"}
+
+    before = state()
+    output = done(make("train", **TRAIN, OUT=trained, RAW=small.parent / "raw.jsonl"))
+    assert output.count("nothing to do") == output.count(".venv/bin/python ") > 0 and before == state()
+
+
+def test_make_notices_a_text_that_changed_inside_a_folder(run, tmp_path):
+    (tmp_path / "raw/sub").mkdir(parents=True)
+    few(tmp_path / "raw/sub/a.jsonl")
+    options = {**SMALL_DATA, "TASK": "lyrics", "OUT": tmp_path / "run", "RAW": tmp_path / "raw"}
+    done(make("data", **options))
+    assert "nothing to do" in done(make("data", **options))
+    with open(tmp_path / "raw/sub/a.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"text": "又添了一行"}\n')
+    assert "files of RAW was" in refused(make("data", **options))
+
+
+def test_raw_is_for_lyrics_and_impossible_constants_are_refused(run, tmp_path):
+    assert "RAW= is for TASK=lyrics, not game24" in refused(run("data_prep", raw=CORPUS, out=tmp_path))
+    for options, message in (({"keywords_max": 12}, "KEYWORDS_MAX <= 10"), ({"keywords_min": 0}, "not 0, 5 and 12"),
+                             ({"variants": 0}, "VARIANTS must be")):
+        assert message in refused(run("data_prep", task="lyrics", out=tmp_path, **options))
+
+
+def test_rare_characters_are_not_fluent(corpus):
+    row = {"keywords": ["潮水", "礁石"]}
+    rare = ("<think>潮水，礁石，先写潮水，再写礁石，题目是晚潮，共四行，押江阳韵。</think>"
+            "《晚潮》/潮水迒抰阆饗庞/整片盪橖礑瘍蚢/礁石乓舫慃蒋鲞/着手絳巟嗙坣漾")
+    found = score(rare, row)
+    assert found["fluency"] == found["reward"] == 0 and found["coverage"] == 1
+
+
+def test_a_text_on_one_line_has_lines():
+    assert data_prep.verse_lines("春风来了。花开了！我在等你，你在哪里？") == ["春风来了。", "花开了！", "我在等你，你在哪里？"]
+    assert data_prep.verse_lines("春风来了，花开了") == ["春风来了，", "花开了"]
+    assert data_prep.verse_lines("春风，来了\n花开") == ["春风，来了", "花开"]
 
 
 def test_ask(run, trained):

@@ -124,7 +124,7 @@ def test_formats_and_encodings(tmp_path, encoding, suffix):
     rows, stage = read(path)
     assert [row["source"] for row in rows] == [f"a.{suffix}:{line}" for line in lines]
     assert [texts.clean(row["text"]) for row in rows] == [POEM, OTHER]
-    assert rows[0]["title"] == "一" and rows[1]["title"] == ("a" if suffix == "txt" else "一")
+    assert rows[0]["title"] == "一" and rows[1]["title"] == ("" if suffix == "txt" else "一")
     assert stage["in"] == 0
 
 
@@ -135,7 +135,7 @@ def test_folder_in_order_with_other_files(tmp_path, capsys):
     (tmp_path / "a.txt").write_text(f"---\n---\n{THIRD}\n---\n \n", encoding="utf-8")
     (tmp_path / "d.doc").write_bytes(b"\0")
     rows, _ = read(tmp_path)
-    assert [(row["source"], row["title"]) for row in rows] == [("a.txt:3", "a"), ("c.txt:1", "c"), ("b/z.TXT:1", "z")]
+    assert [(row["source"], row["title"]) for row in rows] == [("a.txt:3", ""), ("c.txt:1", "c"), ("b/z.TXT:1", "z")]
     assert "1 files are not txt, jsonl or csv: .doc 1" in capsys.readouterr().out
 
 
