@@ -381,7 +381,7 @@ def question(task: str, text: str) -> dict:
     """The row of a question that a person types: four numbers, or keywords, with spaces or commas between them. Raises ValueError."""
     words = [word for word in re.split(r"[\s,，、。！；;/]+" if task == "lyrics" else r"[\s,，、]+", text) if word]
     if not words:
-        raise ValueError(f"a question is expected, not {text!r}")
+        raise ValueError(f"numbers or keywords must be given, not {text!r}")
     row = {"keywords": words} if task == "lyrics" else {"numbers": [int(word) if word.isascii() and word.isdigit() else word for word in words]}
     return {**row, "prompt": prompt(task, row)}
 
