@@ -41,7 +41,7 @@ $(foreach v,OUT DATA SFT HANDS HOLDOUT RAW HUMAN,$(if $(word 2,$($(v))),$(error 
 .DELETE_ON_ERROR:
 
 help:             ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /make \1 \t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 19
+	@sed -n 's/^\([a-z-]*\):.*## /make \1 \t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 21
 	@echo 'Constants: make train BETA=0 STEPS=50; each script lists its own with --help'
 
 train: eval       ## environment, data, SFT, GRPO, evaluation with plots
@@ -78,8 +78,7 @@ ifeq ($(origin SFT),file)
 # Lyrics: SFT on texts alone, then with keywords, then with thoughts, each from the policy of the one before (report on creative text).
 BEFORE_keywords = raw
 BEFORE_cot = raw keywords
-STAGES = $(if $(filter lyrics,$(TASK)),$(if $(filter file,$(origin DATA)),1,$(wildcard $(DATA)/raw)),)
-STAGES := $(if $(STAGES),$(BEFORE_$(STAGE)))
+STAGES := $(if $(filter lyrics,$(TASK)),$(if $(filter file,$(origin DATA))$(wildcard $(DATA)/raw),$(BEFORE_$(STAGE))))
 from = $(if $(1),--model=$(OUT)/$(lastword $(1))/sft)
 stage_ready = $(if $(1),$(OUT)/$(lastword $(1))/sft/summary.json)
 $(OUT)/raw/sft/summary.json: sft.py reward.py $(DATA_READY) $(OUT)/.sft.flags $(call anew,sft) | .venv/ready
@@ -96,20 +95,17 @@ $(EVAL)/summary.json: eval.py reward.py $(if $(POLICIES),$(DATA_READY),$(OUT)/gr
 	$(RUN) eval.py $(FLAGS_eval)
 
 # The four models of the report on creative text: SFT on texts and keywords; on thoughts too; the same from a reasoning model; then GRPO.
-own = OUT=$(if $(filter file,$(origin OUT)),runs/$@,$(OUT))
-QWEN = $(or $(MODEL),Qwen/Qwen2.5-0.5B-Instruct)
-DISTILL = $(or $(MODEL),deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B)
+PLACE = $(if $(filter file,$(origin OUT)),runs/$@,$(OUT))
+BASE = $(if $(filter qwen-%,$@),Qwen/Qwen2.5-0.5B-Instruct,deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B)
+own = TASK=lyrics OUT=$(PLACE) MODEL=$(or $(MODEL),$(BASE)) $(if $(filter qwen-lora,$@),STAGE=keywords)
 qwen-lora:         ## Qwen2.5-0.5B on texts, then keywords; no thoughts
-	$(MAKE) sft TASK=lyrics $(own) MODEL=$(QWEN) STAGE=keywords
-	$(MAKE) eval TASK=lyrics $(own) MODEL=$(QWEN) STAGE=keywords POLICIES=$@=$(patsubst OUT=%,%,$(own))/sft
 qwen-cot-lora:     ## Qwen2.5-0.5B on texts, keywords, then thoughts
-	$(MAKE) sft TASK=lyrics $(own) MODEL=$(QWEN)
-	$(MAKE) eval TASK=lyrics $(own) MODEL=$(QWEN) POLICIES=$@=$(patsubst OUT=%,%,$(own))/sft
 ds-lora:           ## DeepSeek-R1-Distill-1.5B likewise
-	$(MAKE) sft TASK=lyrics $(own) MODEL=$(DISTILL)
-	$(MAKE) eval TASK=lyrics $(own) MODEL=$(DISTILL) POLICIES=$@=$(patsubst OUT=%,%,$(own))/sft
+qwen-lora qwen-cot-lora ds-lora:
+	$(MAKE) sft $(own)
+	$(MAKE) eval $(own) POLICIES=$@=$(PLACE)/sft
 ds-rl:             ## DeepSeek-R1-Distill-1.5B likewise, then GRPO
-	$(MAKE) train TASK=lyrics $(own) MODEL=$(DISTILL)
+	$(MAKE) train $(own)
 
 plots: | .venv/ready       ## draw the figures of a run again, also of one that is under way
 	$(RUN) eval.py $(FLAGS_eval) --plots_only=1

@@ -2,11 +2,14 @@
 
     python data_prep.py                        # half a minute on one core
     python data_prep.py --holdout=hands.txt    # these hands become the test split and are kept out of train and val
+    python data_prep.py --task=lyrics --raw=my/lyrics      # a file or folder of texts; without --raw assets/verses.jsonl
 
 game24: enumerates all hands of four numbers, solves them exactly, splits the solvable ones by hand and writes search traces
 for SFT: try first steps in their order, go back from what cannot make 24, and at the end compose the answer from the steps.
 Unlike a depth-first search, a trace goes on with three numbers only if that solves the hand, or for one step: so each line back
 at the four numbers says of three others that they are hopeless, and a model that errs is never stuck among them.
+
+lyrics: reads raw texts, cleans them, drops duplicates, finds keywords, writes thoughts and splits; each stage is a file that is made once.
 """
 
 import argparse
@@ -218,7 +221,7 @@ def read_hands(path: Path) -> list[tuple[int, ...]]:
     return hands
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
+def write_rows(path: Path, rows) -> None:
     """Writes a jsonl file: aside first, then renamed into place, so that it is never half written."""
     aside = path.with_name(path.name + ".tmp")
     with open(aside, "w", encoding="utf-8") as file:
@@ -281,8 +284,6 @@ def read_raw(path: Path, stage: dict) -> Iterator[dict]:
 
     Exits where there is nothing to read, and with the fields that are there where no row has TEXT_FIELD.
     """
-    if not path.exists():
-        sys.exit(f"RAW={path}: there is no such file or folder")
     files = (Path(top) / name for top, folders, names in os.walk(path) if not folders.sort() for name in sorted(names))
     others, fields, found = Counter(), {}, False
     for file in (files if path.is_dir() else [path]):
@@ -424,17 +425,10 @@ SPACE = re.compile(rf"(?<=[{reward.han_range}]) (?=[{reward.han_range}])|(?<=[{c
 def clean(text: str) -> str:
     """The text alone, a phrase or a sentence a line: no markup, time stamps, credits, notes or page furniture; one form of each character."""
     text = JUNK.sub("", BREAK.sub("\n", text))
-    if "\\" in text:
-        text = re.sub(r"(?:\\r)?\\n|\\r", "\n", text)
-    if "&" in text:
-        text = JUNK.sub("", BREAK.sub("\n", unescape(unescape(text))))
-    text = unicodedata.normalize("NFKC", text)
-    if "<" in text:
-        text = TAG.sub("", LINE_TAG.sub("\n", HIDDEN.sub("\n", text)))
-    if SIMPLIFY:
-        text = simplified(text)
-    if "[" in text:
-        text = without_stamps(text)
+    text = re.sub(r"(?:\\r)?\\n|\\r", "\n", text)
+    text = JUNK.sub("", BREAK.sub("\n", unescape(unescape(text))))
+    text = TAG.sub("", LINE_TAG.sub("\n", HIDDEN.sub("\n", unicodedata.normalize("NFKC", text))))
+    text = without_stamps(simplified(text) if SIMPLIFY else text)
     lines = [line.strip(edge) for line in text.split("\n")]
     full = [line for line in lines if line]
     broken = len(full) >= 8 and sum(len(line) <= 4 and len(reward.han(line)) <= 2 for line in full) > len(full) / 2
@@ -504,15 +498,11 @@ def punctuated(text: str) -> str:
     """Chinese punctuation in one form: ， 。 ！ ？ ： ； 、 “ ” ‘ ’ （ ） 《 》 —— ……; a space between two phrases is a comma, others go."""
     text = re.sub(r"\.{2,}|[…⋯]+|。{2,}", "……", text)
     text = re.sub(rf"-{{2,}}|[–—―─]+|(?<=[{reward.han_range}])-(?=[{reward.han_range}])", "——", text.translate(str.maketrans(MARKS)))
-    if '"' in text:
-        text = re.sub('"([^"\n]*)"', r"“\1”", text)
-    if "'" in text:
-        text = re.sub("(?<![a-zA-Z])'([^'\n]*)'(?![a-zA-Z])", r"‘\1’", text)
-    if " " in text:
-        text = re.sub(rf"(?<=[{reward.han_range}]) (?=[,.!?:;])", "", text)
+    text = re.sub('"([^"\n]*)"', r"“\1”", text)
+    text = re.sub("(?<![a-zA-Z])'([^'\n]*)'(?![a-zA-Z])", r"‘\1’", text)
+    text = re.sub(rf"(?<=[{reward.han_range}]) (?=[,.!?:;])", "", text)
     text = MARK.sub(lambda mark: WIDE[mark[0]], text.replace("<<", "《").replace(">>", "》"))
-    if " " in text:
-        text = SPACE.sub("", PHRASES.sub("，", text))
+    text = SPACE.sub("", PHRASES.sub("，", text))
     return re.sub("([，、；：])[，、；：]+", r"\1", text)
 
 
@@ -534,30 +524,18 @@ def common_share(characters: str) -> float:
 
 def deduplicate(rows: Iterable[dict]) -> Iterator[tuple[dict, str | None]]:
     """Each row with None, "exact" (its Han text came before) or "near" (it shares lines enough with one kept earlier)."""
-    exact: set[int] = set()
-    postings: dict[int, int | list[int]] = {}       # line -> number of the kept text that has it, or a list of them; -1: stock phrase
-    sizes = array("I")                              # distinct lines of each kept text
+    exact, sizes = set(), []        # sizes: distinct lines of each kept text
+    postings: dict[int, tuple[int, ...]] = {}       # line -> numbers of the kept texts that have it, the first STOCK_LINES + 1
     for row in rows:
         whole, lines = hash(reward.han(row["text"])), phrases(row["text"])
-        shared = Counter()
-        for line in lines:
-            texts = postings.get(line, -1)
-            shared.update(texts if isinstance(texts, list) else (texts,) if texts >= 0 else ())
+        shared = Counter(text for line in lines if len(texts := postings.get(line, ())) <= STOCK_LINES for text in texts)
         reason = "exact" if whole in exact else "near" if any(
             count >= min(SHARED_LINES, len(lines)) and count >= CONTAINMENT * min(len(lines), sizes[text]) for text, count in shared.items()
         ) else None
         if reason is None:
             exact.add(whole)
             for line in lines:
-                texts = postings.get(line)
-                if texts is None:
-                    postings[line] = len(sizes)
-                elif isinstance(texts, list):
-                    texts.append(len(sizes))
-                    if len(texts) > STOCK_LINES:
-                        postings[line] = -1
-                elif texts >= 0:
-                    postings[line] = [texts, len(sizes)]
+                postings[line] = (*postings.get(line, ()), len(sizes))[:STOCK_LINES + 1]
             sizes.append(len(lines))
         yield row, reason
 
@@ -582,36 +560,21 @@ def keywords_offline(rows: Iterable[dict]) -> Iterator[list[str] | None]:
 
     A word is a noun, verb, adjective, idiom or word of time or place of 2 to 4 Han characters in the text; none is part of another.
     """
-    known, words, documents = {}, [], array("I")                # word -> its number, or -1
-    numbers, counts, ends = array("I"), array("H"), array("Q")  # candidates of all texts one after the other
+    fits, found = {}, []            # a word to itself, or to nothing: by the tag that it gets first
     for row in rows:
-        found = Counter()
-        for word, tag in rjieba.tag(row["text"]):
-            number = known.get(word)
-            if number is None:
-                fits = (tag[0] in "nvailts" and not tag.startswith("nr") and 2 <= len(word) <= 4 and reward.HAN.fullmatch(word)
-                        and word not in STOP_WORDS)
-                number = known[word] = len(words) if fits else -1
-                if fits:
-                    words.append(word)
-                    documents.append(0)
-            if number >= 0:
-                found[number] += 1
-        for number, count in found.items():
-            documents[number] += 1
-            numbers.append(number)
-            counts.append(min(count, 65535))
-        ends.append(len(numbers))
-    least = MIN_DF if len(ends) >= 300 else 2
-    most = max(least, MAX_DF * len(ends))
-    rarity = [math.log(len(ends) / n) if least <= n <= most else 0.0 for n in documents]
-    begin = 0
-    for end in ends:
-        ranked = sorted((-(1 + math.log(counts[i])) * rarity[numbers[i]], i) for i in range(begin, end) if rarity[numbers[i]])
-        chosen, begin = [], end
-        for _, i in ranked:
-            word = words[numbers[i]]
-            if len(chosen) < WORDS and not any(word in other or other in word for other in chosen):
+        tagged = rjieba.tag(row["text"])
+        for word, tag in tagged:
+            fits.setdefault(word, word if tag[0] in "nvailts" and not tag.startswith("nr") and 2 <= len(word) <= 4 and reward.HAN.fullmatch(word)
+                            and word not in STOP_WORDS else "")
+        found.append([fits[word] for word, _ in tagged if fits[word]])      # the one copy of each word: a large corpus fits into memory
+    documents = Counter(word for words in found for word in set(words))
+    least = MIN_DF if len(found) >= 300 else 2
+    most = max(least, MAX_DF * len(found))
+    rarity = {word: math.log(len(found) / n) for word, n in documents.items() if least <= n <= most}
+    for words in found:
+        counts, chosen = Counter(words), []
+        for word in sorted(counts, key=lambda word: -(1 + math.log(counts[word])) * rarity.get(word, 0)):
+            if rarity.get(word) and len(chosen) < WORDS and not any(word in other or other in word for other in chosen):
                 chosen.append(word)
         yield chosen if len(chosen) >= KEYWORDS_MIN else None
 
@@ -648,8 +611,14 @@ def stage_keywords(folder: Path, find: Callable = keywords_offline, name: str = 
 
 
 def stored(path: Path) -> Iterator[dict]:
-    with open(path, encoding="utf-8") as file:
-        yield from map(json.loads, file)
+    """Rows of a stage. Exits where one is damaged."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                sys.exit(f"{path}:{number} is damaged: {error}. Remove the file, and it is made again")
+            yield row
 
 
 def write_stage(folder: Path, name: str, examine: Callable) -> dict:
@@ -658,18 +627,11 @@ def write_stage(folder: Path, name: str, examine: Callable) -> dict:
     funnel = json.loads(counts.read_text(encoding="utf-8")) if counts.is_file() else {}
     if path.is_file() and name in funnel:
         return funnel[name]
-    aside, begin = path.with_name(path.name + ".tmp"), time.monotonic()
-    stage = funnel[name] = {"in": 0, "out": 0, "dropped": {}, "samples": {}}
-    with open(aside, "w", encoding="utf-8") as file:
-        for row, reason in tqdm(examine(stage), desc=name, unit="text", dynamic_ncols=True):
-            if passes(stage, row, reason):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    flush(aside)
-    stage["seconds"] = round(time.monotonic() - begin, 1)
-    write_json(counts, funnel)          # before the rows: a stage without them is made again
-    os.replace(aside, path)
-    flush(folder)
-    return stage
+    begin, stage = time.monotonic(), {"in": 0, "out": 0, "dropped": {}, "samples": {}}
+    write_rows(path, (row for row, reason in tqdm(examine(stage), desc=name, unit="text", dynamic_ncols=True) if passes(stage, row, reason)))
+    funnel[name] = stage | {"seconds": round(time.monotonic() - begin, 1)}
+    write_json(counts, funnel)          # after the rows: a stage without its counts is made again
+    return funnel[name]
 
 
 def passes(stage: dict, row: dict, reason: str | None) -> bool:
@@ -757,8 +719,8 @@ def template_thought(row: dict, keywords: list[str]) -> str:
     title, lines = body[1:body.index("》")], body.split("/")[1:]
     drafts = [f"{k}：{next(reward.han(phrase) for phrase in PHRASE_END.split('/'.join(lines)) if k in phrase)}" for k in keywords]
     rhyme, often = Counter(reward.table["finals"].get(reward.han(line)[-1]) for line in lines).most_common(1)[0]
-    tens, ones = divmod(min(len(lines), 99), 10)
-    count = " 一二三四五六七八九"[tens].replace("一", "").strip() + "十" * (tens > 0) + " 一二三四五六七八九"[ones].strip()
+    digits, (tens, ones) = ["", *"一二三四五六七八九"], divmod(min(len(lines), 99), 10)
+    count = digits[tens] * (tens > 1) + "十" * (tens > 0) + digits[ones]
     return f"{'，'.join(keywords)}。{'；'.join(drafts)}。题目是{title}，共{count}行，{f'押{rhyme}韵' if rhyme and often > 1 else '不押韵'}。"
 
 
@@ -804,12 +766,10 @@ def select_texts(rows: list[dict], count: int) -> set[int]:
 def stage_cot(folder: Path, cache: Path) -> dict:
     """Writes cot.jsonl: the COT_TEXTS best and most varied rows of keywords.jsonl, each with a thought."""
     def examine(stage):
-        taken, rows = select_texts(list(stored(folder / "keywords.jsonl")), COT_TEXTS), []
-        for i, row in enumerate(stored(folder / "keywords.jsonl")):
-            if i in taken:
-                rows.append(row)
-            else:
-                yield row, "not among the best and most varied"
+        rows = list(stored(folder / "keywords.jsonl"))
+        taken = select_texts(rows, COT_TEXTS)
+        yield from ((row, "not among the best and most varied") for i, row in enumerate(rows) if i not in taken)
+        rows = [row for i, row in enumerate(rows) if i in taken]
         asked = USE_API and STAGE == "cot"
         thoughts = thoughts_api(rows, cache) if asked else [template_thought(row, row["keywords"]) for row in rows]
         for row, thought in zip(rows, thoughts):
@@ -826,7 +786,7 @@ def text_table(train: list[dict], thoughts: list[str], val: list[dict], classes:
     texts = [[reward.han(line) for line in verse_lines(row["text"])] for row in train]
     every = [line for lines in texts for line in lines]
     characters = Counter("".join(every))
-    bigrams = Counter(line[i:i + 2] for line in every for i in range(len(line) - 1))
+    bigrams = dict(Counter(line[i:i + 2] for line in every for i in range(len(line) - 1)).most_common(MAX_BIGRAMS))
     codes = sorted({reward.line_code(line) for line in every if len(line) >= reward.LINE_HAN})
     reward.table.update(characters=characters, bigrams=bigrams, total=sum(characters.values()))
     rng.shuffle(every)
@@ -846,7 +806,7 @@ def text_table(train: list[dict], thoughts: list[str], val: list[dict], classes:
         values = sorted(values)
         return [values[(len(values) - 1) * least // 100], values[(len(values) - 1) * most // 100]]
 
-    return {"finals": classes, "characters": characters, "bigrams": dict(bigrams.most_common(MAX_BIGRAMS)),
+    return {"finals": classes, "characters": characters, "bigrams": bigrams,
             "lines": base64.b64encode(array("I", codes).tobytes()).decode(), "fluency": [low, high], "rhyme_chance": sum(chance) / len(chance),
             "pair_share": window(map(reward.pair_share, texts), 5)[0],
             "line_count": window(map(len, texts)), "line_chars": window(sum(map(len, lines)) / len(lines) for lines in texts),
@@ -900,10 +860,9 @@ def variants(row: dict, count: int, held: set[tuple], pool: dict[tuple, list[str
             words = sorted(list(apart.values())[:rng.randint(KEYWORDS_MIN, KEYWORDS_MAX)], key=row["text"].index)
         if attempt and pool and rng.random() < SWAP:
             others = [rng.choice(pool[len(word), finals.get(word[-1])]) for word in words]
-            known = [row["text"], *others]
             swaps = dict(zip(words, others))
             swapped = row | {name: re.sub("|".join(words), lambda word: swaps[word[0]], row[name]) for name in ("text", "title")}
-            if all(sum(word in text for text in known) == 1 and word in swapped["text"] for word in others):
+            if all(sum(word in text for text in (row["text"], *others)) == 1 and word in swapped["text"] for word in others):
                 words, made = others, swapped
         if tuple(sorted(words)) not in seen:
             seen.add(tuple(sorted(words)))
@@ -928,7 +887,8 @@ def prepare_lyrics(folder: Path) -> dict:
     reward.table.update(finals={character: name for name, characters in classes.items() for character in characters})
     stage_clean(raw_path(), folder)
     stage_unique(folder)
-    stage_keywords(folder, *([lambda rows: keywords_api(list(rows), cache), API_MODEL] if USE_API and STAGE != "raw" else []))
+    find = (lambda rows: keywords_api(list(rows), cache), API_MODEL) if USE_API and STAGE != "raw" else (keywords_offline, "tf-idf")
+    stage_keywords(folder, *find)
     stage_cot(folder, cache)
     print_funnel(folder)
     splits = split_texts(list(stored(folder / "cot.jsonl")), rng)
@@ -941,8 +901,8 @@ def prepare_lyrics(folder: Path) -> dict:
 
     texts = training("unique")
     write_json(folder / "table.json", text_table(texts, [row["thought"] for row in splits["train"]], splits["val"], classes, rng))
-    pool = defaultdict(list)
-    for word in dict.fromkeys(word for row in splits["train"] for word in row["words"] if not USE_API and len(texts) < SWAP_BELOW):
+    pool, swap = defaultdict(list), not USE_API and len(texts) < SWAP_BELOW
+    for word in dict.fromkeys(word for row in splits["train"] if swap for word in row["words"]):
         pool[len(word), reward.table["finals"].get(word[-1])].append(word)
     recipes = {"raw": {"train": [as_row(row, []) for row in texts]},
                "keywords": {"train": [as_row(row, row["keywords"]) for row in training("keywords")]},
@@ -972,7 +932,7 @@ def call_api(jobs: list[list[dict]], cache: Path, accept=lambda index, text: Tru
     Each is a line of `cache`, which one process at a time may use, as soon as it is there. What is acceptable in it is not asked again.
     """
     keys = [hashlib.sha256(json.dumps([API_MODEL, API_TEMPERATURE, API_MAX_TOKENS, job], sort_keys=True).encode()).hexdigest() for job in jobs]
-    places, answers = {key: index for index, key in reversed(list(enumerate(keys)))}, {}
+    places, answers = {key: index for index, key in enumerate(keys)}, {}
     cache.parent.mkdir(parents=True, exist_ok=True)
     with open(cache, "a+b") as file:
         file.seek(0)
@@ -1220,4 +1180,7 @@ def sha256(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)           # the stages that are whole stay

@@ -474,7 +474,7 @@ def write_sheet(completions: dict[str, list[dict]], path: Path) -> None:
 
     A sheet of the same texts that is there is left as it is; exits where it is one of others.
     """
-    def table(rows):
+    def as_csv(rows):
         buffer = io.StringIO(newline="")
         csv.writer(buffer).writerows(rows)
         return buffer.getvalue().encode("utf-8-sig")         # spreadsheets know UTF-8 by its mark
@@ -486,12 +486,12 @@ def write_sheet(completions: dict[str, list[dict]], path: Path) -> None:
     for number, (policy, row) in enumerate(items, 1):
         sheet.append([number, " ".join(row["keywords"]), row["text"], ""])
         names.append([number, row["id"], policy, hashlib.sha256(row["text"].encode()).hexdigest()])
-    if (path.exists() or key.exists()) and not (key.is_file() and key.read_bytes() == table(names)):
+    if (path.exists() or key.exists()) and not (key.is_file() and key.read_bytes() == as_csv(names)):
         sys.exit(f"{path} or {key} is there and belongs to other completions: move both away, they may hold scores")
     for file, rows in ((key, names), (path, sheet)):
         if not file.exists():
             aside = file.with_name(file.name + ".tmp")
-            aside.write_bytes(table(rows))
+            aside.write_bytes(as_csv(rows))
             os.replace(aside, file)
 
 
@@ -514,21 +514,20 @@ def read_table(path: Path, needs: tuple[str, ...]) -> list[tuple[str, list[str]]
     return found
 
 
-def read_human(path: Path, key: Path | None = None) -> dict[tuple[str, str], float]:
-    """Mean human score of each (id, policy): of a csv with id, policy and score, or, with its key, of a filled sheet of write_sheet.
+def read_human(path: Path, key: Path) -> dict[tuple[str, str], float]:
+    """Mean human score of each (id, policy) of a sheet of write_sheet; items that are not filled in are left out.
 
-    A row is one rater's score from 1 to 10; rows of a sheet that are not filled in are left out. Exits with file, line and reason.
+    A row is one rater's score from 1 to 10. Exits with file, line and reason.
     """
-    found = {}
-    names = {item: (name, policy) for _, (item, name, policy) in read_table(key, ("item", "id", "policy"))} if key else {}
-    for place, (*name, score) in read_table(path, ("item", "score") if key else ("id", "policy", "score")):
-        if key and not score:
+    names, found = {item: (name, policy) for _, (item, name, policy) in read_table(key, ("item", "id", "policy"))}, {}
+    for place, (item, score) in read_table(path, ("item", "score")):
+        if not score:
             continue
-        if not all(name) or key and name[0] not in names:
-            sys.exit(f"{place}: " + (f"the item {name[0]!r} is not in {key}" if key else f"id and policy must not be empty: {name}"))
+        if item not in names:
+            sys.exit(f"{place}: the item {item!r} is not in {key}")
         if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", score) or not 1 <= float(score) <= 10:
             sys.exit(f"{place}: the score must be a number from 1 to 10, not {score!r}")
-        found.setdefault(names[name[0]] if key else tuple(name), []).append(float(score))
+        found.setdefault(names[item], []).append(float(score))
     if not found:
         sys.exit(f"{path}: there is no score in it")
     return {name: mean(scores) for name, scores in found.items()}
@@ -556,7 +555,7 @@ def call_api(jobs: list[list[dict]], cache: Path, accept=lambda index, text: Tru
     Each is a line of `cache`, which one process at a time may use, as soon as it is there. What is acceptable in it is not asked again.
     """
     keys = [hashlib.sha256(json.dumps([API_MODEL, API_TEMPERATURE, API_MAX_TOKENS, job], sort_keys=True).encode()).hexdigest() for job in jobs]
-    places, answers = {key: index for index, key in reversed(list(enumerate(keys)))}, {}
+    places, answers = {key: index for index, key in enumerate(keys)}, {}
     cache.parent.mkdir(parents=True, exist_ok=True)
     with open(cache, "a+b") as file:
         file.seek(0)
@@ -749,10 +748,9 @@ def summarise(sampled: list[dict], greedy: list[dict]) -> dict:
     values |= {name: of(name) for name in parts} | {"whole": of("answered")}
     values |= {f"pass@{SAMPLES}": of("correct").max(1, keepdims=True), "greedy_accuracy": of("correct", greedy),
                "greedy_unfinished": 1 - of("answered", greedy), "greedy_reward": of("reward", greedy)}
-    draws, summary = numpy.random.default_rng(SEED).integers(0, len(greedy), (BOOTSTRAP, len(greedy))), {}
+    summary = {}
     for name, value in values.items():
-        summary[name] = float(value.mean())
-        summary[f"{name}_ci"] = [float(x) for x in numpy.percentile(value.mean(1)[draws].mean(1), [2.5, 97.5])]
+        summary |= {name: float(value.mean()), f"{name}_ci": interval(value.mean(1))}
     return summary | {"median_tokens": float(numpy.median(of("tokens"))), "n": len(sampled), "prompts": len(greedy)}
 
 
@@ -789,7 +787,7 @@ def embedder(model, tokenizer):
     return embed
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
+def write_rows(path: Path, rows) -> None:
     """Writes a jsonl file: aside first, then renamed into place, so that it is never half written."""
     aside = path.with_name(path.name + ".tmp")
     with open(aside, "w", encoding="utf-8") as file:
@@ -808,7 +806,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 def draw(folder: Path, log: list[dict], completions: dict[str, list[dict]]) -> list[str]:
-    """The three figures of the report, as far as their data exists; returns their file names."""
+    """The figures of the report, as far as their data exists; returns their file names."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -927,9 +925,10 @@ def verses_of(folder: Path, rows: list[dict], names: list[str]) -> dict[str, lis
     """The first sampled verse of each prompt of an evaluation, by policy, as judge and sheet take them."""
     found, samples = {}, json.loads((folder / "run.json").read_text(encoding="utf-8"))["constants"]["SAMPLES"]
     for name in names:
-        made = read_log(folder / f"{name}.jsonl")
-        found[name] = [{"id": row["id"], "keywords": row["keywords"], "text": c["completion"], "reward": c["reward"]}
-                       for row, c in zip(rows, made[len(rows)::samples], strict=True)]
+        made = read_log(folder / f"{name}.jsonl")[len(rows)::samples]
+        if [c["prompt"] for c in made] != [row["prompt"] for row in rows]:
+            sys.exit(f"{folder}/{name}.jsonl has completions of other prompts: set DATA and SPLIT as in that evaluation")
+        found[name] = [{"id": row["id"], "keywords": row["keywords"], "text": c["completion"], "reward": c["reward"]} for row, c in zip(rows, made)]
     return found
 
 
@@ -980,13 +979,14 @@ def main() -> None:
     inputs = {source.name: sha256(source)} | table_hash | {key: value for name, place in places.items()
                                                            for key, value in fingerprint(name, place).items()}
     sheet = folder / "people.csv"
-    if not RESUME and sheet.is_file() and any(row[-1:] > [""] for row in list(csv.reader(io.StringIO(sheet.read_text(encoding="utf-8-sig"))))[1:]):
+    if not RESUME and sheet.is_file() and any(score for _, (score,) in read_table(sheet, ("score",))):
         sys.exit(f"{sheet} holds scores, and RESUME=0 would remove it: move it away first")
     start_run(folder, constants, inputs, device_name())
     metrics, sampled, embed = {}, {}, None
     written = [row for row in rows if row.get("completion")] if TASK == "lyrics" else []
     humans = [verse(row["completion"]) for row in written]
-    others = list(dict.fromkeys(verse(row["completion"]) for row in read_rows(data / "train.jsonl", ("prompt", "completion")))) if written else []
+    train = data / ("raw/train.jsonl" if (data / "raw/train.jsonl").is_file() else "train.jsonl")      # the other one has swapped words
+    others = list(dict.fromkeys(verse(row["completion"]) for row in read_rows(train, ("prompt", "completion")))) if written else []
     random.Random(SEED).shuffle(others)
     for name, place in places.items():
         began = time.time()

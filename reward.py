@@ -30,7 +30,6 @@ import math
 import re
 import zlib
 from array import array
-from bisect import bisect_left
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -209,7 +208,7 @@ def use_data(task: str, folder: Path) -> None:
     try:
         made = json.loads(Path(folder, "table.json").read_text(encoding="utf-8"))
         made["finals"] = {character: final for final, characters in made["finals"].items() for character in characters}
-        made["lines"] = array("I", base64.b64decode(made["lines"]))
+        made["lines"] = set(array("I", base64.b64decode(made["lines"])))
         made["total"] = sum(made["characters"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}/table.json, which the rewards of lyrics need, cannot be read: {error!r}. `make data TASK=lyrics` makes it")
@@ -237,9 +236,10 @@ def split_verse(completion: str) -> tuple[str, str, list[str], float]:
     if not closed:
         thought, rest = "", completion
     title = re.match(r"\s*《([^《》/\n]{1,20})》/", rest)
-    lines = [line.strip() for line in re.split(r"[/\n]", rest[title.end():] if title else rest)][:MAX_LINES]
+    rest = rest[title.end():] if title else rest
+    lines = [line.strip() for line in re.split(r"[/\n]", rest)][:MAX_LINES]
     pair = bool(closed and han(thought)) and not before.strip() and "<think>" not in thought
-    kept = 2 * pair + bool(title) + (len(lines) > 1 and all(map(han, lines)) and not re.search(r"[<>《》\n]", rest[title.end():] if title else rest))
+    kept = 2 * pair + bool(title) + (len(lines) > 1 and all(map(han, lines)) and not re.search(r"[<>《》\n]", rest))
     return thought, title[1] if title else "", [line for line in lines if line], kept / 4
 
 
@@ -249,14 +249,14 @@ def between(value: float, zero: float, one: float) -> float:
 
 
 def parallel_share(lines: list[str]) -> float:
-    """Share of the lines that have as many characters as the line before or after."""
-    sizes = [0, *(len(han(line)) for line in lines), 0]
+    """Share of the lines, of Chinese characters alone, that have as many as the line before or after."""
+    sizes = [0, *map(len, lines), 0]
     return sum(sizes[i] in (sizes[i - 1], sizes[i + 1]) for i in range(1, len(sizes) - 1)) / max(1, len(lines))
 
 
 def rhyme_share(lines: list[str]) -> float:
     """Share of the lines whose last character rhymes with that of a line at most two away, and is another character."""
-    ends = [line[-1] for line in map(han, lines) if line]
+    ends = [line[-1] for line in lines]
     finals = [table["finals"].get(end) for end in ends]
     return sum(any(i != j and finals[i] and finals[i] == finals[j] and ends[i] != ends[j] for j in range(max(0, i - 2), min(len(ends), i + 3)))
                for i in range(len(ends))) / max(1, len(ends))
@@ -265,7 +265,7 @@ def rhyme_share(lines: list[str]) -> float:
 def fluency(lines: list[str]) -> float:
     """Mean log of how much likelier a character is after the one before it than anywhere, by the bigrams of the training texts."""
     characters, bigrams, total, gains = table["characters"], table["bigrams"], table["total"], []
-    for line in map(han, lines):
+    for line in lines:
         for a, b in zip(line, line[1:]):
             alone = (characters.get(b, 0) + 0.5) / total
             gain = math.log((bigrams.get(a + b, 0) / alone + PRIOR) / (characters.get(a, 0) + PRIOR))
@@ -275,7 +275,7 @@ def fluency(lines: list[str]) -> float:
 
 def pair_share(lines: list[str]) -> float:
     """Share of different pairs of neighbouring characters among those of all different lines; babble such as 打打翻打打翻 has few."""
-    pairs = [line[i:i + 2] for line in dict.fromkeys(map(han, lines)) for i in range(len(line) - 1)]
+    pairs = [line[i:i + 2] for line in dict.fromkeys(lines) for i in range(len(line) - 1)]
     return len(set(pairs)) / max(1, len(pairs))
 
 
@@ -286,9 +286,7 @@ def line_code(line: str) -> int:
 
 def known(line: str) -> bool:
     """Whether the line is one of a training text."""
-    lines, code = table["lines"], line_code(line)
-    place = bisect_left(lines, code)
-    return place < len(lines) and lines[place] == code
+    return line_code(line) in table["lines"]
 
 
 def score_lyrics(completion: str, row: dict, truncated: bool) -> dict[str, float]:
@@ -302,10 +300,10 @@ def score_lyrics(completion: str, row: dict, truncated: bool) -> dict[str, float
     found, listed = set(), False
     for line in texts:
         there = [k for k in keywords if k in line]
-        others = len(re.sub("|".join(map(re.escape, there)), "", line)) if there else len(line)      # also without what repeats a keyword
-        listed |= len(there) > MAX_KEYWORDS_IN_LINE or (bool(there) and others <= 0)
-        found.update(there if len(there) <= MAX_KEYWORDS_IN_LINE and others >= MIN_OTHER_HAN else [])
-    coverage = len(found) / len(keywords) if keywords and not listed else 0.0
+        others = len(re.sub("|".join(map(re.escape, there)), "", line))      # also without what repeats a keyword
+        listed |= len(there) > MAX_KEYWORDS_IN_LINE or not others
+        found.update(there if others >= MIN_OTHER_HAN else [])
+    coverage = len(found) / len(set(keywords)) if keywords and not listed else 0.0
 
     def window(name, value):        # 1 where most training texts lie, 0 from half the least and twice the most of them
         low, high = table[name]
@@ -318,8 +316,8 @@ def score_lyrics(completion: str, row: dict, truncated: bool) -> dict[str, float
     fours = [line[i:i + 4] for line in distinct for i in range(len(line) - 3)]
     letters = sum(map(str.isalnum, "".join(lines)))
     ends = Counter(line[-1] for line in distinct)
-    copied = [known(line) for line in distinct if len(line) >= LINE_HAN]
-    copied = sum(copied) / len(copied) if copied else 0.0
+    long = [line for line in distinct if len(line) >= LINE_HAN]
+    copied = sum(map(known, long)) / max(1, len(long))
     parts = {"format": form, "window": (size_window + length_reward(shortfall, threshold=0) * bool(thought)) / 2, "coverage": coverage,
              "rhyme": between(rhyming, chance, max(RHYME_GOAL, chance + 0.1)), "parallel": parallel_share(texts)}
     gates = {"finished": float(not truncated and bool(texts)), "chinese": between(size / letters, 0.6, 0.9) if letters else 0.0,

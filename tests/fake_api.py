@@ -32,6 +32,9 @@ class Handler(BaseHTTPRequestHandler):
         word = word if asked <= int(times or asked) else ""
         answer = {"choices": [{"message": {"role": "assistant", "content": f"re: {message}"}}]}
         body = json.dumps(BODIES.get(word, answer)).encode()
+        bodies = {"blank": b"\n\r\n \n" + body, "broken": body[:-3], "nothing": b"", "page": b"<html>Under construction</html>",
+                  "surrogate": json.dumps({"choices": [{"message": {"content": "\ud83d\u2028\x85𠮷" + message}}]}).encode(),
+                  "echo": json.dumps({"choices": [{"message": {"content": self.headers["Authorization"]}}]}).encode()}
         refusal = json.dumps({"error": {"message": "no: " + self.headers["Authorization"]}}).encode()
         time.sleep(random.uniform(0.5, 1.5) * server.latency)
         if server.fail_every and total % server.fail_every == 0:
@@ -46,20 +49,10 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(503, refusal, {"Retry-After": "86400" if word == "later" else "soon"})
         elif word == "redirect":
             self.reply(int(message.split()[1]), refusal, {"Location": server.elsewhere})
-        elif word == "blank":
-            self.reply(200, b"\n\r\n \n" + body)
-        elif word == "broken":
-            self.reply(200, body[:-3])
-        elif word == "nothing":
-            self.reply(200, b"")
-        elif word == "page":
-            self.reply(200, b"<html>Under construction</html>")
+        elif word in bodies:
+            self.reply(200, bodies[word])
         elif word == "short":
             self.reply(200, body[:-9], {"Content-Length": str(len(body))})
-        elif word == "surrogate":
-            self.reply(200, json.dumps({"choices": [{"message": {"content": "\ud83d\u2028\x85𠮷" + message}}]}).encode())
-        elif word == "echo":
-            self.reply(200, json.dumps({"choices": [{"message": {"content": self.headers["Authorization"]}}]}).encode())
         elif word == "drip":
             self.drip(b"HTTP/1.0 200 OK\r\n\r\n", body)
         elif word == "dripheaders":
@@ -97,9 +90,9 @@ class Server(ThreadingHTTPServer):
         pass        # clients that are killed or lose patience
 
 
-def serve(latency=0.0, fail_every=0, port=0) -> Server:
+def serve(latency=0.0, fail_every=0) -> Server:
     """Starts a server in a thread: asked, answered (requests by message), early (those before their Retry-After), url, close()."""
-    server = Server(("127.0.0.1", port), Handler)
+    server = Server(("127.0.0.1", 0), Handler)
     server.latency, server.fail_every, server.elsewhere = latency, fail_every, ""
     server.asked, server.answered, server.early, server.not_before = Counter(), Counter(), 0, {}
     server.lock, server.stopped = threading.Lock(), threading.Event()

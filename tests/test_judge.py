@@ -412,32 +412,36 @@ def test_a_sheet_that_was_cut_off_after_its_key_is_written(tmp_path):
     assert (tmp_path / "a.csv").read_bytes() == made
 
 
+KEY = "item,id,policy\n1,1,sft\n2,2,grpo\n"
+
+
 def test_several_raters_are_averaged(tmp_path):
-    path = tmp_path / "human.csv"
-    path.write_text("id,policy,score,name\n1,sft,7,x\n1,sft,8,y\n 2 ,grpo, 10 ,x\n", encoding="utf-8")
-    assert judge.read_human(path) == {("1", "sft"): 7.5, ("2", "grpo"): 10}
+    path, key = tmp_path / "human.csv", tmp_path / "key.csv"
+    key.write_text(KEY, encoding="utf-8")
+    path.write_text("item,score,name\n1,7,x\n1,8,y\n 2 , 10 ,x\n2,,y\n", encoding="utf-8")
+    assert judge.read_human(path, key) == {("1", "sft"): 7.5, ("2", "grpo"): 10}
 
 
 @pytest.mark.parametrize("content, message", [
-    ("", "human.csv:1: a header"), ("id;policy;score\n", "human.csv:1: a header"), ("id,policy,score\n", "no score"),
-    ("id,policy,score\n1,sft,7\n2,sft,11\n", "human.csv:3: .*'11'"), ("id,policy,score\n1,sft,\n", "human.csv:2"),
-    ("id,policy,score\n1,sft,nan\n", "human.csv:2"), ("id,policy,score\n1,sft,0.5\n", "human.csv:2"),
-    ("id,policy,score\n1,sft,7,5\n", "human.csv:2: as many fields"), ("id,policy,score\n1,sft\n", "human.csv:2: as many fields"),
-    ("id,policy,score\n1,,7\n", "human.csv:2: id and policy"), ('id,policy,score\n1,sft,"7\n', "human.csv:2")])
+    ("", "human.csv:1: a header"), ("item;score\n", "human.csv:1: a header"), ("item,score\n", "no score"), ("item,score\n1,\n", "no score"),
+    ("item,score\n1,7\n2,11\n", "human.csv:3: .*'11'"), ("item,score\n1,nan\n", "human.csv:2"), ("item,score\n1,0.5\n", "human.csv:2"),
+    ("item,score\n1,7,5\n", "human.csv:2: as many fields"), ("item,score\n1\n", "human.csv:2: as many fields"),
+    ("item,score\n,7\n", "human.csv:2: the item ''"), ('item,score\n1,"7\n', "human.csv:2")])
 def test_bad_human_scores_are_named(tmp_path, content, message):
-    path = tmp_path / "human.csv"
+    path, key = tmp_path / "human.csv", tmp_path / "key.csv"
+    key.write_text(KEY, encoding="utf-8")
     path.write_text(content, encoding="utf-8")
     with pytest.raises(SystemExit, match=message):
-        judge.read_human(path)
+        judge.read_human(path, key)
 
 
 def test_files_of_human_scores_that_cannot_be_read_are_named(tmp_path):
-    (tmp_path / "gbk.csv").write_bytes("id,policy,score\n春,sft,7\n".encode("gbk"))
+    (tmp_path / "gbk.csv").write_bytes("item,score\n春,7\n".encode("gbk"))
     (tmp_path / "sheet.csv").write_text("item,score\n9,7\n", encoding="utf-8")
-    (tmp_path / "key.csv").write_text("item,id,policy\n1,1,sft\n", encoding="utf-8")
-    for files, message in ((["gbk.csv"], "gbk.csv: .*UTF-8"), (["none.csv"], "none.csv"), (["sheet.csv", "key.csv"], "sheet.csv:2: the item '9'")):
+    (tmp_path / "key.csv").write_text(KEY, encoding="utf-8")
+    for name, message in (("gbk.csv", "gbk.csv: .*UTF-8"), ("none.csv", "none.csv"), ("sheet.csv", "sheet.csv:2: the item '9'")):
         with pytest.raises(SystemExit, match=message):
-            judge.read_human(*(tmp_path / name for name in files))
+            judge.read_human(tmp_path / name, tmp_path / "key.csv")
 
 
 def test_agreement_of_few_constant_and_foreign_scores():

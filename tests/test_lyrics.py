@@ -95,28 +95,27 @@ def with_keywords(lines, keywords):
     return lines
 
 
-HACKS = {
-    "keyword list": lambda row, head, title, lines, other, rng: joined(head, title, ["，".join(row["keywords"])] * 10),
-    "keywords as lines": lambda row, head, title, lines, other, rng: joined(head, title, row["keywords"] * 10),
-    "keywords after another text": lambda row, head, title, lines, other, rng: joined(head, title, [*other, "，".join(row["keywords"])]),
-    "keywords after the own text": lambda row, head, title, lines, other, rng: joined(head, title, [*lines, "，".join(row["keywords"])]),
-    "keywords as lines after the own text": lambda row, head, title, lines, other, rng: joined(head, title, [*lines, *row["keywords"]]),
-    "one line": lambda row, head, title, lines, other, rng: joined(head, title, lines[:1] * 16),
-    "two lines": lambda row, head, title, lines, other, rng: joined(head, title, lines[:2] * 8),
-    "one end": lambda row, head, title, lines, other, rng: joined(head, title, [reward.han(line) + "啊" for line in lines]),
-    "one last character": lambda row, head, title, lines, other, rng: joined(head, title, [reward.han(line)[:-1] + "光" for line in lines]),
-    "shuffled with keywords": lambda row, head, title, lines, other, rng: joined(
-        head, title, with_keywords(shuffled(lines, rng), row["keywords"])),
-    "half English": lambda row, head, title, lines, other, rng: joined(
-        head, title, [line if i % 2 else "the moon is in the sky" for i, line in enumerate(lines)]),
-    "no thinking": lambda row, head, title, lines, other, rng: joined("", title, lines),
-    "thinking only": lambda row, head, title, lines, other, rng: head,
-    "thinking not closed": lambda row, head, title, lines, other, rng: joined(head, title, lines).replace("</think>", ""),
-    "empty": lambda row, head, title, lines, other, rng: "",
-    "babble": lambda row, head, title, lines, other, rng: joined(
-        head, title, [f"{k}{k[0] * n}{k}{k[-1] * n}" for n in (2, 1) for k in row["keywords"]]),
-    "prompt": lambda row, head, title, lines, other, rng: row["prompt"] * 8,
-    "prompt as lines": lambda row, head, title, lines, other, rng: joined(head, title, [row["prompt"]] * 8)}
+def hacks(row, head, title, lines, other, rng):
+    """What a policy might write instead of the verse of a row, by name; `other` are the lines of another text."""
+    words, listed = row["keywords"], "，".join(row["keywords"])
+
+    def verse(*lines):
+        return joined(head, title, lines)
+
+    return {
+        "keyword list": verse(*[listed] * 10), "keywords as lines": verse(*words * 10),
+        "keywords after another text": verse(*other, listed), "keywords after the own text": verse(*lines, listed),
+        "keywords as lines after the own text": verse(*lines, *words), "one line": verse(*lines[:1] * 16), "two lines": verse(*lines[:2] * 8),
+        "one end": verse(*(reward.han(line) + "啊" for line in lines)),
+        "one last character": verse(*(reward.han(line)[:-1] + "光" for line in lines)),
+        "shuffled with keywords": verse(*with_keywords(shuffled(lines, rng), words)),
+        "half English": verse(*(line if i % 2 else "the moon is in the sky" for i, line in enumerate(lines))),
+        "no thinking": joined("", title, lines), "thinking only": head, "thinking not closed": verse(*lines).replace("</think>", ""), "empty": "",
+        "babble": verse(*(f"{k}{k[0] * n}{k}{k[-1] * n}" for n in (2, 1) for k in words)),
+        "prompt": row["prompt"] * 8, "prompt as lines": verse(*[row["prompt"]] * 8)}
+
+
+HACKS = list(hacks({"keywords": ["春风"], "prompt": ""}, "", "", ["春风来"], [], random.Random(0)))
 # the gates that close for a hack: on average at most so far open
 CLOSED = {"keyword list": ("repetition", 0), "keywords as lines": ("repetition", 0.1), "one line": ("repetition", 0),
           "two lines": ("repetition", 0.1), "one end": ("ending", 0), "one last character": ("ending", 0), "shuffled with keywords": ("fluency", 0.5),
@@ -132,8 +131,9 @@ def scored(corpus):
     texts = [row["completion"] for row in read(corpus / "raw/train.jsonl")]
     found = {"genuine": [score(row["completion"], row) for row in rows]}
     parts = [cut(row["completion"]) for row in rows]
-    for name, hack in HACKS.items():
-        found[name] = [score(hack(row, *parts[i], parts[i - 1][2], rng), row) for i, row in enumerate(rows)]
+    for i, row in enumerate(rows):
+        for name, text in hacks(row, *parts[i], parts[i - 1][2], rng).items():
+            found.setdefault(name, []).append(score(text, row))
     found["memorised"] = [score(parts[i][0] + rng.choice(texts), row) for i, row in enumerate(rows)]
     found["truncated"] = [score(row["completion"], row, truncated=True) for row in rows]
     return found
@@ -273,10 +273,7 @@ def test_bad_questions_are_refused(text):
 def test_rows_are_the_same_for_the_same_keywords_in_any_order():
     assert reward.identity("lyrics", {"keywords": ["月光", "故乡"]}) == reward.identity("lyrics", {"keywords": ["故乡", "月光"]})
     assert reward.identity("lyrics", {"keywords": [], "completion": "a"}) != reward.identity("lyrics", {"keywords": [], "completion": "b"})
-    assert reward.prompt("lyrics", {"keywords": []}) == reward.FREE and HAN_ALONE.fullmatch(reward.FREE)
-
-
-HAN_ALONE = re.compile(f"[{reward.han_range}]+")
+    assert reward.prompt("lyrics", {"keywords": []}) == reward.FREE and reward.HAN.fullmatch(reward.FREE)
 RHYMES = {"乜斜": "月雪夜叶街", "一七": "雨语女衣诗二", "姑苏": "湖书路", "梭坡": "歌河落", "发花": "花家马", "言前": "山远年",
           "人辰": "云春军", "中东": "风穷灯", "江阳": "光乡窗", "怀来": "来海", "灰堆": "水归", "遥条": "桥宵", "由求": "秋流"}
 
