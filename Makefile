@@ -8,6 +8,7 @@ SFT = $(OUT)/sft
 EVAL = $(OUT)/eval$(if $(HANDS),-$(basename $(notdir $(HANDS))))
 Q = $(if $(filter lyrics,$(TASK)),月光 故乡 远方,3 3 8 8)
 STAGE = cot
+DEVICE = cpu
 SCRIPTS = data_prep sft grpo eval
 RUN = .venv/bin/python
 
@@ -27,7 +28,7 @@ FLAGS_grpo = $(call flags,grpo,$(call again,grpo))
 FLAGS_eval = $(call flags,eval,$(call again,eval))
 anew = $(if $(call again,$(1)),,$(if $(call given,RESUME),$(if $(filter 0,$(RESUME)),FORCE)))
 
-KNOWN = $(sort $(foreach s,$(SCRIPTS),$(NAMES_$(s))) $(SHARED:%=SFT_%) Q PYTHON DATA SFT OUT TASK)
+KNOWN = $(sort $(foreach s,$(SCRIPTS),$(NAMES_$(s))) $(SHARED:%=SFT_%) Q PYTHON DEVICE DATA SFT OUT TASK)
 GIVEN = $(foreach v,$(filter-out MAKE% -%,$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(v)))),$(v)))
 UNKNOWN = $(filter-out $(KNOWN),$(GIVEN))
 ifneq ($(UNKNOWN),)
@@ -37,7 +38,7 @@ endif
 
 $(foreach v,OUT DATA SFT HANDS HOLDOUT RAW HUMAN,$(if $(word 2,$($(v))),$(error $(v) must be a path without spaces, not $($(v)))))
 
-.PHONY: help train data sft grpo eval plots ask judge export qwen-lora qwen-cot-lora ds-lora ds-rl test lint soak audit clean FORCE
+.PHONY: help train data sft grpo eval plots ask judge export qwen-lora qwen-cot-lora ds-lora ds-rl test lint soak bench audit clean FORCE
 .DELETE_ON_ERROR:
 
 help:             ## list the targets
@@ -127,6 +128,9 @@ lint: .venv/ready-dev      ## ruff
 
 soak: .venv/ready-dev        ## kill and damage training runs at random, compare their ends with undisturbed ones
 	OMP_NUM_THREADS=1 .venv/bin/python tests/soak.py
+
+bench: .venv/ready-dev       ## speed and memory against transformers and TRL; on a GPU DEVICE=cuda
+	.venv/bin/python tests/bench.py --device=$(DEVICE)
 
 audit: .venv/ready         ## known vulnerabilities of the installed packages, by pip-audit
 	$(PYTHON) -m venv .venv/audit

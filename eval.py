@@ -74,6 +74,7 @@ SAMPLES = 4                  # sampled completions of a hand, beside the greedy 
 TEMPERATURE = 0.7
 TOP_P = 0.9
 MAX_NEW_TOKENS = 1024
+CUDA_GRAPHS = 1              # on a GPU a step of the rollout is one launch instead of a thousand; 0: as it is without
 EVAL_BATCH_TOKENS = 131072   # tokens of a batch at most: lower it when memory runs out
 BOOTSTRAP = 2000             # resamples of an interval
 # Verses of TASK=lyrics
@@ -112,114 +113,176 @@ TO_JUDGE = re.compile("[满滿]分|最高分|[评評]分|打分|分[数數]|[评
 class KVCache:
     """Keys and values of every layer, allocated once: (rows, heads, tokens, head size). Rows can be dropped.
 
-    It stands in for the cache of transformers, whose `update` grows a new tensor for every token.
+    It stands in for the cache of transformers, whose `update` grows a new tensor for every token. New ones are written at `slots`, a
+    tensor, and attention reads the first `window` tokens: so that a CUDA graph can hold a step.
     """
 
-    def __init__(self, rows: int, tokens: int):
-        self.rows, self.tokens, self.filled, self.layers = rows, tokens, 0, {}
+    def __init__(self, rows: int, tokens: int, slots: torch.Tensor):
+        self.rows, self.tokens, self.slots, self.window, self.layers = rows, tokens, slots, len(slots), {}
 
     def update(self, keys, values, layer, *args, **kwargs):
         if layer not in self.layers:
             self.layers[layer] = [x.new_empty(self.rows, x.shape[1], self.tokens, x.shape[3]) for x in (keys, values)]
-        end = self.filled + keys.shape[2]
         for store, new in zip(self.layers[layer], (keys, values)):
-            store[:self.rows, :, self.filled:end] = new
-        return [store[:self.rows, :, :end] for store in self.layers[layer]]
+            store[:self.rows].index_copy_(2, self.slots, new)
+        return [store[:self.rows, :, :self.window] for store in self.layers[layer]]
 
     def get_seq_length(self, layer=0) -> int:
-        return self.filled
+        return self.window
 
-    def keep(self, alive: torch.Tensor) -> torch.Tensor:
-        """Drops the rows that are not alive (rows,): the last live rows move into their slots. Returns the old index of each row."""
-        self.rows = int(alive.sum())
-        holes = (~alive[:self.rows]).nonzero().flatten()
-        movers = self.rows + alive[self.rows:].nonzero().flatten()
+    def widen(self, window: int) -> None:
+        """Lets attention read the first `window` tokens. Those that are not written yet become 0: a NaN would get through any mask."""
+        for stores in self.layers.values() if window > self.window + 1 else ():
+            for store in stores:
+                store[:, :, self.window:window] = 0
+        self.window = window
+
+    def keep(self, kept: torch.Tensor) -> torch.Tensor:
+        """Drops the rows that are not kept (rows,): the last kept ones move into their places. Returns the old index of each row."""
+        self.rows = int(kept.sum())
+        holes = (~kept[:self.rows]).nonzero().flatten()
+        movers = self.rows + kept[self.rows:].nonzero().flatten()
         for stores in self.layers.values():
             for store in stores:
-                store[holes, :, :self.filled] = store[movers, :, :self.filled]
-        order = torch.arange(self.rows, device=alive.device)
+                store[holes, :, :self.window] = store[movers, :, :self.window]
+        order = torch.arange(self.rows, device=kept.device)
         order[holes] = movers
         return order
 
 
-def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Next tokens (B,) from logits (B, V) and one uniform number a row, and the probability mass (B,) of the tokens allowed.
+def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float, likeliest: int = 1024):
+    """Next tokens (B,) from logits (B, V) and a uniform number a row, the probability mass (B,) of the tokens allowed, and whether that is right.
 
-    Nucleus sampling is exact: the smallest set of tokens whose mass is at least top_p. The 1,024 likeliest hold it nearly always;
-    where they do not, the whole vocabulary is sorted.
+    Nucleus sampling: the smallest set of tokens whose mass is at least top_p. The 1,024 likeliest hold it nearly always. Where they do
+    not, the last value is False, and the call has to be made again with likeliest=V; it is a tensor, as to look at it is to wait for a GPU.
     """
+    right = torch.ones((), dtype=torch.bool, device=logits.device)
     if temperature == 0:
-        return logits.argmax(-1), torch.ones_like(uniform)
+        return logits.argmax(-1), torch.ones_like(uniform), right
     probs = torch.softmax(logits.float() / temperature, -1)
-    if top_p == 1 and probs.shape[-1] > 1024:       # none is left out: no order is needed
+    if top_p == 1 and probs.shape[-1] > likeliest:       # none is left out: no order is needed
         mass = probs.cumsum(-1)
         choice = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)
-        return choice.clamp(max=probs.shape[-1] - 1).flatten(), torch.ones_like(uniform)
-    for count in (min(1024, probs.shape[-1]), probs.shape[-1]):
-        top, tokens = probs.topk(count)
-        mass = top.cumsum(-1)
-        if count == probs.shape[-1] or bool((mass[:, -1] >= top_p).all()):
-            break
+        return choice.clamp(max=probs.shape[-1] - 1).flatten(), torch.ones_like(uniform), right
+    top, tokens = probs.topk(min(likeliest, probs.shape[-1]))
+    mass = top.cumsum(-1)
+    if likeliest < probs.shape[-1]:
+        right = (mass[:, -1] >= top_p).all()
     allowed = (mass - top < top_p).sum(-1, keepdim=True).clamp(min=1)       # NaN logits: any token, the loss will be NaN and say so
     total = mass.gather(1, allowed - 1)
     choice = torch.searchsorted(mass, uniform[:, None] * total, right=True).minimum(allowed - 1)
-    return tokens.gather(1, choice).flatten(), total.flatten()
+    return tokens.gather(1, choice).flatten(), total.flatten(), right
+
+
+def capture(forward):
+    """A CUDA graph of a decode step, and the logits that its replay writes: one launch instead of a thousand."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        forward()           # the first time libraries allocate and autocast casts weights, which a capture must not do
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = forward()
+    return graph, logits
 
 
 @torch.no_grad()
 def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperature: float, top_p: float, eos_ids: list[int],
-            generator: torch.Generator | torch.Tensor | None = None, stats: dict | None = None) -> list[list[int]]:
+            generator: torch.Generator | torch.Tensor | None = None, stats: dict | None = None, buckets: bool | None = None) -> list[list[int]]:
     """One completion a prompt, as token ids without padding; an EOS that was reached is the last id. Temperature 0 is greedy.
 
     Prompts are padded on the left, so that every row writes the same slot of the cache; finished rows leave the batch. The random
     numbers belong to the prompts, not to the rows, so the dropping of rows changes no completion. The model's mode and parameters
     are left as they were. `generator` draws the numbers, or is a tensor (B, max_new_tokens) of them. `stats`, where given, receives
-    nucleus_mass: the mean probability of what top_p allows.
+    nucleus_mass: the mean probability of what top_p allows. With `buckets`, the default on a GPU, there are few shapes, each captured as a
+    CUDA graph, and the host waits for the GPU every 16 steps only, to see what has finished; without, on a CPU, no work is in vain.
     """
     device, count = next(model.parameters()).device, len(prompt_ids)
     if not count or min(map(len, prompt_ids)) == 0:
         raise ValueError(f"rollout needs at least one prompt, each of at least one token; got {count} prompts")
     if not 0 < top_p <= 1 or temperature < 0:
         raise ValueError(f"top_p must be above 0 and at most 1, temperature at least 0; got {top_p} and {temperature}")
+    buckets = device.type == "cuda" if buckets is None else buckets
+    every, wide = (16, 256) if buckets else (1, 1)
     width = max(map(len, prompt_ids))
     input_ids = torch.tensor([[eos_ids[0]] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
     padding = torch.tensor([width - len(ids) for ids in prompt_ids], device=device)
-    eos, rows = torch.tensor(eos_ids, device=device), torch.arange(count, device=device)
+    eos, rows, live = torch.tensor(eos_ids, device=device), torch.arange(count, device=device), torch.ones(count, dtype=torch.bool, device=device)
     completions = torch.zeros(count, max_new_tokens, dtype=torch.long, device=device)
-    lengths = torch.full((count,), max_new_tokens, device=device)
-    cache, mass, training = KVCache(count, width + max_new_tokens), [], model.training
+    lengths, mass, training = torch.zeros_like(rows), torch.zeros((), device=device), model.training
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else next(model.parameters()).dtype
-    slots = torch.arange(width + max_new_tokens, device=device)
-    hidden = torch.finfo(dtype).min * (slots < padding[:, None]).to(dtype)[:, None, None]       # (B, 1, 1, slots): left padding
-    causal = torch.full((width, width), torch.finfo(dtype).min, dtype=dtype, device=device).triu(1)
-    mask = torch.maximum(hidden[..., :width] + causal, torch.tensor(torch.finfo(dtype).min, dtype=dtype))
-    positions = (slots[:width] - padding[:, None]).clamp(min=0)
+    places, tokens = torch.arange(width + max_new_tokens, device=device), input_ids[:, -1].clone()
+    cache, graph, shape, output = KVCache(count, len(places), places[:width]), None, None, None
+
+    def forward(input_ids=None):
+        input_ids = tokens[:cache.rows, None] if input_ids is None else input_ids
+        seen, own = places[:cache.window], padding[:cache.rows, None]
+        mask = ((seen < own)[:, None] | (seen > cache.slots[:, None]))[:, None].to(dtype) * torch.finfo(dtype).min       # (rows, 1, tokens, window)
+        return model(input_ids=input_ids, attention_mask=mask, position_ids=(cache.slots - own).clamp(min=0), past_key_values=cache,
+                     use_cache=True, logits_to_keep=1).logits[:, -1]
+
+    def decode(step):
+        """Logits of a step, after the tokens of the one before went into the cache."""
+        nonlocal graph, shape, output
+        global CUDA_GRAPHS
+        cache.slots.fill_(width + step - 1)
+        cache.widen(min(-(-(width + step) // wide) * wide, len(places)))
+        if device.type == "cuda" and CUDA_GRAPHS and shape != (cache.rows, cache.window):
+            graph = output = None           # rows only fall and the window only grows: it is never needed again
+            try:
+                graph, output = capture(forward)
+                shape = cache.rows, cache.window
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                CUDA_GRAPHS = 0
+                tqdm.write(f"no CUDA graphs, the rollout goes on without: {str(error)[:300]}")
+        if graph is None:
+            return forward()
+        graph.replay()
+        return output
+
     attention = model.config._attn_implementation
     model.set_attn_implementation("sdpa")        # twice the speed of eager for one token a row; no change on a GPU
     model.eval()
     try:
-        for step in range(max_new_tokens):
-            logits = model(input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-                           logits_to_keep=1).logits[:, -1]
-            cache.filled += input_ids.shape[1]
-            uniform = (generator[:, step] if isinstance(generator, torch.Tensor) else
-                       torch.rand(count, generator=generator, device=generator.device if generator else device)).to(device)
-            tokens, allowed = sample(logits, uniform[rows], temperature, top_p)
-            mass.append(allowed)
-            completions[rows, step] = tokens
-            finished = torch.isin(tokens, eos)
-            if bool(finished.any()):
-                lengths[rows[finished]] = step + 1
-                if bool(finished.all()):
+        logits = forward(input_ids)
+        cache.slots = places[width - 1:width].clone()
+        for start in range(0, max_new_tokens, every):
+            steps = range(start, min(start + every, max_new_tokens))
+            uniform = (generator[:, steps].T if isinstance(generator, torch.Tensor) else torch.rand(
+                len(steps), count, generator=generator, device=generator.device if generator else device)).to(device)
+            first = logits.clone() if buckets else logits       # the next replay writes over it
+            for likeliest in (1024, logits.shape[-1]):
+                logits, masses, right = first, [], True
+                for step in steps:
+                    logits = decode(step) if step > start else logits
+                    tokens[:cache.rows], allowed, enough = sample(logits, uniform[step - start, rows], temperature, top_p, likeliest)
+                    completions[rows, step] = tokens[:cache.rows]
+                    masses.append(allowed)
+                    right = right & enough
+                if bool(right):
                     break
-                order = cache.keep(~finished)
-                rows, tokens, padding, hidden = rows[order], tokens[order], padding[order], hidden[order]
-            input_ids, mask, positions = tokens[:, None], hidden[..., :cache.filled + 1], (cache.filled - padding)[:, None]
+            ended = torch.isin(completions[rows, start:step + 1], eos)
+            taken = live[:, None] & (ended.cumsum(1) - ended.long() == 0)          # up to the first EOS
+            lengths[rows] += taken.sum(1)
+            mass += (torch.stack(masses, 1) * taken).sum()
+            live = live & ~ended.any(1)
+            left = int(live.sum())
+            if not left or step + 1 == max_new_tokens:
+                break
+            size = min((n for n in (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192) if n >= left), default=cache.rows) if buckets else left
+            if size < cache.rows:
+                order = cache.keep(live | ((~live).cumsum(0) <= size - left))       # finished ones fill up
+                rows, live = rows[order], live[order]
+                tokens[:size], padding[:size] = tokens[order], padding[order]
+            logits = decode(step + 1)
     finally:
         model.train(training)
         model.set_attn_implementation(attention)
     if stats is not None:
-        stats["nucleus_mass"] = float(torch.cat(mass).mean())
+        stats["nucleus_mass"] = float(mass / lengths.sum())
     return [row[:length] for row, length in zip(completions.tolist(), lengths.tolist())]
 
 
@@ -1164,8 +1227,8 @@ def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str
         sys.exit(f"{folder}: another process works in it. Wait for its end, or set OUT= to another folder")
     # they say where and how fast, not what
     free = ("OUT", "DATA", "SFT", "RAW", "RESUME", "STRICT", "THREADS", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS", "HEAD_CHUNK",
-            "GRADIENT_CHECKPOINTING", "SAVE_EVERY", "KEEP_LAST", "API_THREADS", "API_TIMEOUT", "API_RETRIES", "API_PRICE_IN", "API_PRICE_OUT",
-            "API_MAX_COST", "MAX_MISSING")
+            "GRADIENT_CHECKPOINTING", "CUDA_GRAPHS", "SAVE_EVERY", "KEEP_LAST", "API_THREADS", "API_TIMEOUT", "API_RETRIES", "API_PRICE_IN",
+            "API_PRICE_OUT", "API_MAX_COST", "MAX_MISSING")
     sources = [Path(__file__).resolve(), Path(reward.__file__).resolve()]
     header = {"constants": constants, "inputs": inputs | {path.name: sha256(path) for path in sources}, "device": device,
               "python": platform.python_version(), "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}}

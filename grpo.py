@@ -68,7 +68,8 @@ TEMPERATURE = 0.7            # log-probs are of logits / TEMPERATURE everywhere
 TOP_P = 0.9                  # 1: what is sampled is exactly what is scored
 MAX_NEW_TOKENS = 1024
 MAX_PROMPT_TOKENS = 512      # longer prompts are left out, and counted
-ROLLOUT_ROWS = 96            # completions generated at a time: lower it when the rollout runs out of memory
+ROLLOUT_ROWS = 96            # completions generated at a time: halved where memory runs out
+CUDA_GRAPHS = 1              # on a GPU a step of the rollout is one launch instead of a thousand; 0: as it is without
 # Advantages
 BASELINE = "momentum"        # momentum; group: plain GRPO; none: no std (Dr. GRPO); batch: std of the whole step
 MOMENTUM_MIN = 0.0           # share of the running mean and std at the first step, ...
@@ -85,7 +86,7 @@ GRAD_CLIP = 1.0              # norm of the gradient
 CLIP_LOW, CLIP_HIGH = 0.2, 0.2   # the ratio is clipped to [1 - CLIP_LOW, 1 + CLIP_HIGH]
 BETA = 0.01                  # weight of the KL to the reference; 0: no reference at all
 AGGREGATE = "sequence"       # mean over a completion's tokens, then completions; token: over all tokens (DAPO); constant: Dr. GRPO
-MICRO_BATCH_TOKENS = 4096    # tokens of a forward pass: lower it when memory runs out, the result stays the same
+MICRO_BATCH_TOKENS = 4096    # tokens of a forward pass: halved where memory runs out, the result stays the same
 HEAD_CHUNK = 2048            # completion tokens whose logits exist at a time
 # Evaluation
 EVAL_EVERY = 10              # steps between evaluations on val; the best is kept
@@ -188,114 +189,176 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, loss_mask, *, cl
 class KVCache:
     """Keys and values of every layer, allocated once: (rows, heads, tokens, head size). Rows can be dropped.
 
-    It stands in for the cache of transformers, whose `update` grows a new tensor for every token.
+    It stands in for the cache of transformers, whose `update` grows a new tensor for every token. New ones are written at `slots`, a
+    tensor, and attention reads the first `window` tokens: so that a CUDA graph can hold a step.
     """
 
-    def __init__(self, rows: int, tokens: int):
-        self.rows, self.tokens, self.filled, self.layers = rows, tokens, 0, {}
+    def __init__(self, rows: int, tokens: int, slots: torch.Tensor):
+        self.rows, self.tokens, self.slots, self.window, self.layers = rows, tokens, slots, len(slots), {}
 
     def update(self, keys, values, layer, *args, **kwargs):
         if layer not in self.layers:
             self.layers[layer] = [x.new_empty(self.rows, x.shape[1], self.tokens, x.shape[3]) for x in (keys, values)]
-        end = self.filled + keys.shape[2]
         for store, new in zip(self.layers[layer], (keys, values)):
-            store[:self.rows, :, self.filled:end] = new
-        return [store[:self.rows, :, :end] for store in self.layers[layer]]
+            store[:self.rows].index_copy_(2, self.slots, new)
+        return [store[:self.rows, :, :self.window] for store in self.layers[layer]]
 
     def get_seq_length(self, layer=0) -> int:
-        return self.filled
+        return self.window
 
-    def keep(self, alive: torch.Tensor) -> torch.Tensor:
-        """Drops the rows that are not alive (rows,): the last live rows move into their slots. Returns the old index of each row."""
-        self.rows = int(alive.sum())
-        holes = (~alive[:self.rows]).nonzero().flatten()
-        movers = self.rows + alive[self.rows:].nonzero().flatten()
+    def widen(self, window: int) -> None:
+        """Lets attention read the first `window` tokens. Those that are not written yet become 0: a NaN would get through any mask."""
+        for stores in self.layers.values() if window > self.window + 1 else ():
+            for store in stores:
+                store[:, :, self.window:window] = 0
+        self.window = window
+
+    def keep(self, kept: torch.Tensor) -> torch.Tensor:
+        """Drops the rows that are not kept (rows,): the last kept ones move into their places. Returns the old index of each row."""
+        self.rows = int(kept.sum())
+        holes = (~kept[:self.rows]).nonzero().flatten()
+        movers = self.rows + kept[self.rows:].nonzero().flatten()
         for stores in self.layers.values():
             for store in stores:
-                store[holes, :, :self.filled] = store[movers, :, :self.filled]
-        order = torch.arange(self.rows, device=alive.device)
+                store[holes, :, :self.window] = store[movers, :, :self.window]
+        order = torch.arange(self.rows, device=kept.device)
         order[holes] = movers
         return order
 
 
-def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Next tokens (B,) from logits (B, V) and one uniform number a row, and the probability mass (B,) of the tokens allowed.
+def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float, likeliest: int = 1024):
+    """Next tokens (B,) from logits (B, V) and a uniform number a row, the probability mass (B,) of the tokens allowed, and whether that is right.
 
-    Nucleus sampling is exact: the smallest set of tokens whose mass is at least top_p. The 1,024 likeliest hold it nearly always;
-    where they do not, the whole vocabulary is sorted.
+    Nucleus sampling: the smallest set of tokens whose mass is at least top_p. The 1,024 likeliest hold it nearly always. Where they do
+    not, the last value is False, and the call has to be made again with likeliest=V; it is a tensor, as to look at it is to wait for a GPU.
     """
+    right = torch.ones((), dtype=torch.bool, device=logits.device)
     if temperature == 0:
-        return logits.argmax(-1), torch.ones_like(uniform)
+        return logits.argmax(-1), torch.ones_like(uniform), right
     probs = torch.softmax(logits.float() / temperature, -1)
-    if top_p == 1 and probs.shape[-1] > 1024:       # none is left out: no order is needed
+    if top_p == 1 and probs.shape[-1] > likeliest:       # none is left out: no order is needed
         mass = probs.cumsum(-1)
         choice = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)
-        return choice.clamp(max=probs.shape[-1] - 1).flatten(), torch.ones_like(uniform)
-    for count in (min(1024, probs.shape[-1]), probs.shape[-1]):
-        top, tokens = probs.topk(count)
-        mass = top.cumsum(-1)
-        if count == probs.shape[-1] or bool((mass[:, -1] >= top_p).all()):
-            break
+        return choice.clamp(max=probs.shape[-1] - 1).flatten(), torch.ones_like(uniform), right
+    top, tokens = probs.topk(min(likeliest, probs.shape[-1]))
+    mass = top.cumsum(-1)
+    if likeliest < probs.shape[-1]:
+        right = (mass[:, -1] >= top_p).all()
     allowed = (mass - top < top_p).sum(-1, keepdim=True).clamp(min=1)       # NaN logits: any token, the loss will be NaN and say so
     total = mass.gather(1, allowed - 1)
     choice = torch.searchsorted(mass, uniform[:, None] * total, right=True).minimum(allowed - 1)
-    return tokens.gather(1, choice).flatten(), total.flatten()
+    return tokens.gather(1, choice).flatten(), total.flatten(), right
+
+
+def capture(forward):
+    """A CUDA graph of a decode step, and the logits that its replay writes: one launch instead of a thousand."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        forward()           # the first time libraries allocate and autocast casts weights, which a capture must not do
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = forward()
+    return graph, logits
 
 
 @torch.no_grad()
 def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperature: float, top_p: float, eos_ids: list[int],
-            generator: torch.Generator | torch.Tensor | None = None, stats: dict | None = None) -> list[list[int]]:
+            generator: torch.Generator | torch.Tensor | None = None, stats: dict | None = None, buckets: bool | None = None) -> list[list[int]]:
     """One completion a prompt, as token ids without padding; an EOS that was reached is the last id. Temperature 0 is greedy.
 
     Prompts are padded on the left, so that every row writes the same slot of the cache; finished rows leave the batch. The random
     numbers belong to the prompts, not to the rows, so the dropping of rows changes no completion. The model's mode and parameters
     are left as they were. `generator` draws the numbers, or is a tensor (B, max_new_tokens) of them. `stats`, where given, receives
-    nucleus_mass: the mean probability of what top_p allows.
+    nucleus_mass: the mean probability of what top_p allows. With `buckets`, the default on a GPU, there are few shapes, each captured as a
+    CUDA graph, and the host waits for the GPU every 16 steps only, to see what has finished; without, on a CPU, no work is in vain.
     """
     device, count = next(model.parameters()).device, len(prompt_ids)
     if not count or min(map(len, prompt_ids)) == 0:
         raise ValueError(f"rollout needs at least one prompt, each of at least one token; got {count} prompts")
     if not 0 < top_p <= 1 or temperature < 0:
         raise ValueError(f"top_p must be above 0 and at most 1, temperature at least 0; got {top_p} and {temperature}")
+    buckets = device.type == "cuda" if buckets is None else buckets
+    every, wide = (16, 256) if buckets else (1, 1)
     width = max(map(len, prompt_ids))
     input_ids = torch.tensor([[eos_ids[0]] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
     padding = torch.tensor([width - len(ids) for ids in prompt_ids], device=device)
-    eos, rows = torch.tensor(eos_ids, device=device), torch.arange(count, device=device)
+    eos, rows, live = torch.tensor(eos_ids, device=device), torch.arange(count, device=device), torch.ones(count, dtype=torch.bool, device=device)
     completions = torch.zeros(count, max_new_tokens, dtype=torch.long, device=device)
-    lengths = torch.full((count,), max_new_tokens, device=device)
-    cache, mass, training = KVCache(count, width + max_new_tokens), [], model.training
+    lengths, mass, training = torch.zeros_like(rows), torch.zeros((), device=device), model.training
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else next(model.parameters()).dtype
-    slots = torch.arange(width + max_new_tokens, device=device)
-    hidden = torch.finfo(dtype).min * (slots < padding[:, None]).to(dtype)[:, None, None]       # (B, 1, 1, slots): left padding
-    causal = torch.full((width, width), torch.finfo(dtype).min, dtype=dtype, device=device).triu(1)
-    mask = torch.maximum(hidden[..., :width] + causal, torch.tensor(torch.finfo(dtype).min, dtype=dtype))
-    positions = (slots[:width] - padding[:, None]).clamp(min=0)
+    places, tokens = torch.arange(width + max_new_tokens, device=device), input_ids[:, -1].clone()
+    cache, graph, shape, output = KVCache(count, len(places), places[:width]), None, None, None
+
+    def forward(input_ids=None):
+        input_ids = tokens[:cache.rows, None] if input_ids is None else input_ids
+        seen, own = places[:cache.window], padding[:cache.rows, None]
+        mask = ((seen < own)[:, None] | (seen > cache.slots[:, None]))[:, None].to(dtype) * torch.finfo(dtype).min       # (rows, 1, tokens, window)
+        return model(input_ids=input_ids, attention_mask=mask, position_ids=(cache.slots - own).clamp(min=0), past_key_values=cache,
+                     use_cache=True, logits_to_keep=1).logits[:, -1]
+
+    def decode(step):
+        """Logits of a step, after the tokens of the one before went into the cache."""
+        nonlocal graph, shape, output
+        global CUDA_GRAPHS
+        cache.slots.fill_(width + step - 1)
+        cache.widen(min(-(-(width + step) // wide) * wide, len(places)))
+        if device.type == "cuda" and CUDA_GRAPHS and shape != (cache.rows, cache.window):
+            graph = output = None           # rows only fall and the window only grows: it is never needed again
+            try:
+                graph, output = capture(forward)
+                shape = cache.rows, cache.window
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                CUDA_GRAPHS = 0
+                tqdm.write(f"no CUDA graphs, the rollout goes on without: {str(error)[:300]}")
+        if graph is None:
+            return forward()
+        graph.replay()
+        return output
+
     attention = model.config._attn_implementation
     model.set_attn_implementation("sdpa")        # twice the speed of eager for one token a row; no change on a GPU
     model.eval()
     try:
-        for step in range(max_new_tokens):
-            logits = model(input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-                           logits_to_keep=1).logits[:, -1]
-            cache.filled += input_ids.shape[1]
-            uniform = (generator[:, step] if isinstance(generator, torch.Tensor) else
-                       torch.rand(count, generator=generator, device=generator.device if generator else device)).to(device)
-            tokens, allowed = sample(logits, uniform[rows], temperature, top_p)
-            mass.append(allowed)
-            completions[rows, step] = tokens
-            finished = torch.isin(tokens, eos)
-            if bool(finished.any()):
-                lengths[rows[finished]] = step + 1
-                if bool(finished.all()):
+        logits = forward(input_ids)
+        cache.slots = places[width - 1:width].clone()
+        for start in range(0, max_new_tokens, every):
+            steps = range(start, min(start + every, max_new_tokens))
+            uniform = (generator[:, steps].T if isinstance(generator, torch.Tensor) else torch.rand(
+                len(steps), count, generator=generator, device=generator.device if generator else device)).to(device)
+            first = logits.clone() if buckets else logits       # the next replay writes over it
+            for likeliest in (1024, logits.shape[-1]):
+                logits, masses, right = first, [], True
+                for step in steps:
+                    logits = decode(step) if step > start else logits
+                    tokens[:cache.rows], allowed, enough = sample(logits, uniform[step - start, rows], temperature, top_p, likeliest)
+                    completions[rows, step] = tokens[:cache.rows]
+                    masses.append(allowed)
+                    right = right & enough
+                if bool(right):
                     break
-                order = cache.keep(~finished)
-                rows, tokens, padding, hidden = rows[order], tokens[order], padding[order], hidden[order]
-            input_ids, mask, positions = tokens[:, None], hidden[..., :cache.filled + 1], (cache.filled - padding)[:, None]
+            ended = torch.isin(completions[rows, start:step + 1], eos)
+            taken = live[:, None] & (ended.cumsum(1) - ended.long() == 0)          # up to the first EOS
+            lengths[rows] += taken.sum(1)
+            mass += (torch.stack(masses, 1) * taken).sum()
+            live = live & ~ended.any(1)
+            left = int(live.sum())
+            if not left or step + 1 == max_new_tokens:
+                break
+            size = min((n for n in (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192) if n >= left), default=cache.rows) if buckets else left
+            if size < cache.rows:
+                order = cache.keep(live | ((~live).cumsum(0) <= size - left))       # finished ones fill up
+                rows, live = rows[order], live[order]
+                tokens[:size], padding[:size] = tokens[order], padding[order]
+            logits = decode(step + 1)
     finally:
         model.train(training)
         model.set_attn_implementation(attention)
     if stats is not None:
-        stats["nucleus_mass"] = float(torch.cat(mass).mean())
+        stats["nucleus_mass"] = float(mass / lengths.sum())
     return [row[:length] for row, length in zip(completions.tolist(), lengths.tolist())]
 
 
@@ -372,24 +435,77 @@ def spread(values: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
 
+def fits(work) -> bool:
+    """Does the work; False where memory ran out, and what it had taken is given back."""
+    try:
+        work()
+        return True
+    except RuntimeError as error:       # of a CPU or of cuBLAS it has no class of its own
+        if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error) or "ALLOC_FAILED" in str(error)):
+            raise
+    torch.cuda.empty_cache()            # here, where the error holds no frame and no tensor any more
+    return False
+
+
+def each_micro_batch(batches: list[dict], work, again=lambda: None) -> list[dict]:
+    """Calls work(batch) for every micro-batch, and returns them, smaller ones where memory ran out.
+
+    Then MICRO_BATCH_TOKENS is halved, again() called, and work begins with the first: no gradient is lost or counted twice. Exits where a
+    single sequence does not fit.
+    """
+    global MICRO_BATCH_TOKENS
+    done = 0
+    while done < len(batches):
+        rows, width = batches[done]["input_ids"].shape
+        if fits(lambda: work(batches[done])):
+            done += 1
+            continue
+        if rows == 1:
+            sys.exit(f"memory runs out in the update of one sequence of {width} tokens. Make it shorter (MAX_NEW_TOKENS of GRPO, MAX_TOKENS of SFT), "
+                     f"lower HEAD_CHUNK={HEAD_CHUNK}, or set GRADIENT_CHECKPOINTING=1 (it is {GRADIENT_CHECKPOINTING})")
+        MICRO_BATCH_TOKENS = (rows + 1) // 2 * width
+        tqdm.write(f"memory ran out at {rows * width} tokens: MICRO_BATCH_TOKENS={MICRO_BATCH_TOKENS} from here on, with the same gradient")
+        batches = [{name: value if value is None else value[start:start + size] for name, value in batch.items()} for batch in batches
+                   for size in [max(1, MICRO_BATCH_TOKENS // batch["input_ids"].shape[1])] for start in range(0, len(batch["input_ids"]), size)]
+        again()
+        done = 0
+    return batches
+
+
 def generate(model, rows: list[dict], prompts: list[list[int]], eos_ids: list[int], tokenizer, generator, temperature, top_p, stats=None):
     """Completions of prompts as (ids, text, scores), ROLLOUT_ROWS at a time; scores is None where the reward could not be computed.
 
-    Exits where that are more than MAX_NO_REWARD of them.
+    Exits where that are more than MAX_NO_REWARD of them. `stats` receives that of rollout and reward_seconds.
     """
-    made, failed = [], []
-    for start in range(0, len(prompts), ROLLOUT_ROWS):
-        part = {}
-        with autocast():
-            completions = rollout(model, prompts[start:start + ROLLOUT_ROWS], max_new_tokens=MAX_NEW_TOKENS, temperature=temperature,
-                                  top_p=top_p, eos_ids=eos_ids, generator=generator, stats=part)
-        if stats is not None:
-            stats["nucleus_mass"] = stats.get("nucleus_mass", 0.0) + part["nucleus_mass"] * len(completions) / len(prompts)
-        for ids, row in zip(completions, rows[start:start + ROLLOUT_ROWS]):
+    global ROLLOUT_ROWS
+    made, failed, stats = [], [], {} if stats is None else stats
+    stats |= {"nucleus_mass": 0.0, "reward_seconds": 0.0}
+    while len(made) < len(prompts):
+        part, completions, state = prompts[len(made):len(made) + ROLLOUT_ROWS], [], generator.get_state()
+
+        def work():
+            with autocast():
+                completions.extend(rollout(model, part, max_new_tokens=MAX_NEW_TOKENS, temperature=temperature, top_p=top_p, eos_ids=eos_ids,
+                                           generator=generator, stats=mass))
+
+        mass = {}
+        if not fits(work):
+            if len(part) == 1:
+                sys.exit(f"memory runs out in the rollout of one completion. Lower MAX_NEW_TOKENS={MAX_NEW_TOKENS} or "
+                         f"MAX_PROMPT_TOKENS={MAX_PROMPT_TOKENS}, set LOAD_4BIT=1 (it is {LOAD_4BIT}), or take a smaller model")
+            ROLLOUT_ROWS = (len(part) + 1) // 2
+            tqdm.write(f"memory ran out at {len(part)} completions at a time: ROLLOUT_ROWS={ROLLOUT_ROWS} from here on")
+            generator.set_state(state)
+            continue
+        stats["nucleus_mass"] += mass["nucleus_mass"] * len(part) / len(prompts)
+        clock = time.time()
+        for ids, row in zip(completions, rows[len(made):]):
             text = tokenizer.decode(ids, skip_special_tokens=True)
             scores, fault = try_score(text, row, ids[-1] not in eos_ids)
             failed += [fault] if fault else []
             made.append((ids, text, scores))
+        stats["reward_seconds"] += time.time() - clock
+    torch.cuda.empty_cache()            # of cache and graphs, which are gone: the update needs other sizes
     if failed:
         tqdm.write(f"no reward for {len(failed)} of {len(made)} completions, the first: {failed[0]}")
         if len(failed) > MAX_NO_REWARD * len(made) or len(failed) == len(made):
@@ -405,7 +521,7 @@ def distinct_2(texts: list[str]) -> float:
 
 
 def summarise(completions: list[tuple], eos_ids: list[int], group: int) -> dict[str, float]:
-    """Means of every part and fact of the rewards, and the lengths in tokens, by right and wrong answers; distinct-2 within groups and across."""
+    """Means of every part and fact of the rewards, and lengths in tokens, by right and wrong answers; with a bound on it, distinct-2 too."""
     scores = [s for _, _, s in completions if s is not None]
     lengths = torch.tensor([float(len(ids)) for ids, _, s in completions if s is not None])
     right = torch.tensor([s["correct"] == 1 for s in scores])
@@ -500,9 +616,9 @@ def main() -> None:
             prompts = [train_ids[i] for i in picked for _ in range(GROUP_SIZE)]
             stats = {}
             completions = generate(model, rows, prompts, eos_ids, tokenizer, generator, TEMPERATURE, TOP_P, stats)
-            seconds = {"rollout": time.time() - clock}
+            log["rollout_seconds"] = time.time() - clock - stats["reward_seconds"]
 
-            # 2 rewards
+            # 2 rewards, which generate() has computed
             rewards = torch.tensor([float("nan") if s is None else s["reward"] for _, _, s in completions], dtype=torch.float64)
             rewards = rewards.view(PROMPTS_PER_STEP, GROUP_SIZE)
             log |= summarise(completions, eos_ids, GROUP_SIZE) | stats
@@ -522,46 +638,57 @@ def main() -> None:
             # 4 old and reference log-probs, in the micro-batches of the update
             clock = time.time()
             samples = [(prompt + ids, len(prompt)) for prompt, (ids, _, _) in zip(prompts, completions)]
-            batches = []
+            all_tokens, batches = sum(len(ids) for ids, _, _ in completions), []
             for indices in micro_batches([len(ids) for ids, _ in samples], MICRO_BATCH_TOKENS):
                 input_ids, loss_mask = collate([samples[i] for i in indices], device)
-                batch = {"input_ids": input_ids, "loss_mask": loss_mask, "ref_logprobs": None, "old_logprobs": None,
-                         "advantages": advantages.flatten()[indices].float().to(device)[:, None]}
+                batches.append({"input_ids": input_ids, "loss_mask": loss_mask, "ref_logprobs": None, "old_logprobs": None,
+                                "advantages": advantages.flatten()[indices].float().to(device)[:, None]})
+
+            def look(batch):
+                given = batch["input_ids"], batch["loss_mask"], TEMPERATURE
                 with torch.no_grad(), autocast():
                     if BETA:
                         with reference_policy(model, frozen) as reference:
-                            batch["ref_logprobs"] = spread(completion_logprobs(reference, input_ids, loss_mask, TEMPERATURE)[0], loss_mask)
+                            batch["ref_logprobs"] = spread(completion_logprobs(reference, *given)[0], batch["loss_mask"])
                     if UPDATES_PER_ROLLOUT > 1:
-                        batch["old_logprobs"] = spread(completion_logprobs(model, input_ids, loss_mask, TEMPERATURE)[0], loss_mask)
-                batches.append(batch)
+                        batch["old_logprobs"] = spread(completion_logprobs(model, *given)[0], batch["loss_mask"])
+
+            batches = each_micro_batch(batches, look)
 
             # 5 clipped update: the loss of the step is the sum over micro-batches, each with its share of completions or tokens
-            all_tokens = sum(int(batch["loss_mask"].sum()) for batch in batches)
+            sums = {}
+
+            def learn(batch):
+                with autocast():
+                    logprobs, entropy = completion_logprobs(model, batch["input_ids"], batch["loss_mask"], TEMPERATURE)
+                share = len(entropy) / all_tokens
+                logprobs = spread(logprobs, batch["loss_mask"])
+                old_logprobs = logprobs.detach() if batch["old_logprobs"] is None else batch["old_logprobs"]
+                loss, metrics = grpo_loss(logprobs, old_logprobs, batch["ref_logprobs"], batch["advantages"], batch["loss_mask"],
+                                          clip_low=CLIP_LOW, clip_high=CLIP_HIGH, beta=BETA,
+                                          aggregate=MAX_NEW_TOKENS if AGGREGATE == "constant" else AGGREGATE)
+                loss = loss * (share if AGGREGATE == "token" else len(logprobs) / len(samples))
+                loss.backward()
+                for name, value in {**metrics, "entropy": entropy.mean()}.items():
+                    sums[name] = max(sums.get(name, 0.0), float(value)) if name == "ratio_error" else sums.get(name, 0.0) + share * float(value)
+                sums["loss"] = sums.get("loss", 0.0) + float(loss.detach())
+
+            def forget():
+                sums.clear()
+                optimizer.zero_grad()
+
             for group in optimizer.param_groups:
                 group["lr"] = LR * min(step / max(1, WARMUP), 1 - (1 - MIN_LR) * max(0, step - WARMUP) / max(1, STEPS - WARMUP))
             for _ in range(UPDATES_PER_ROLLOUT):
-                sums = {}
-                for batch in batches:
-                    with autocast():
-                        logprobs, entropy = completion_logprobs(model, batch["input_ids"], batch["loss_mask"], TEMPERATURE)
-                    share = len(entropy) / all_tokens
-                    logprobs = spread(logprobs, batch["loss_mask"])
-                    old_logprobs = logprobs.detach() if batch["old_logprobs"] is None else batch["old_logprobs"]
-                    loss, metrics = grpo_loss(logprobs, old_logprobs, batch["ref_logprobs"], batch["advantages"], batch["loss_mask"],
-                                              clip_low=CLIP_LOW, clip_high=CLIP_HIGH, beta=BETA,
-                                              aggregate=MAX_NEW_TOKENS if AGGREGATE == "constant" else AGGREGATE)
-                    loss = loss * (share if AGGREGATE == "token" else len(logprobs) / len(samples))
-                    loss.backward()
-                    for name, value in {**metrics, "entropy": entropy.mean()}.items():
-                        sums[name] = max(sums.get(name, 0.0), float(value)) if name == "ratio_error" else sums.get(name, 0.0) + share * float(value)
-                    sums["loss"] = sums.get("loss", 0.0) + float(loss.detach())
+                forget()
+                batches = each_micro_batch(batches, learn, forget)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, GRAD_CLIP)
                 if may_step(float(norm), sums["loss"], run):
                     optimizer.step()
-                optimizer.zero_grad()
-            seconds["update"] = time.time() - clock
+            optimizer.zero_grad()
             log |= sums | {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"], "skipped": run.skipped, "spikes": run.spikes}
-            log |= {"rollout_tokens_per_s": all_tokens / seconds["rollout"], "update_tokens_per_s": all_tokens / seconds["update"]}
+            log |= {"update_seconds": time.time() - clock, "rollout_tokens_per_s": all_tokens / log["rollout_seconds"]}
+            log |= {"update_tokens_per_s": all_tokens / log["update_seconds"]}
 
         # 6 log, evaluate, save
         if step and (step == 1 or step % SAMPLES_EVERY == 0):
@@ -583,13 +710,11 @@ def main() -> None:
             run.below = 0 if run.last >= run.best else run.below + 1
             if run.below >= PATIENCE:
                 run.ended = f"val {BEST_BY} was below its best, {run.best:.3f} at step {run.bests[-1]}, for {PATIENCE} evaluations"
-            faded = ""
-            for name, value in run.first.items():
-                least = MIN_DISTINCT_GROUP if name.endswith("group") else MIN_DISTINCT
-                if log[name] < least * value:
-                    faded = f"{name} fell from {value:.3f} to {log[name]:.3f}, below {least} of it, twice in a row"
-            run.ended, run.faded = run.ended or (faded if run.faded else ""), bool(faded)
-            run.first = run.first or {name: value for name, value in log.items() if name.startswith("val_distinct_2")}
+            least = {"val_distinct_2": MIN_DISTINCT, "val_distinct_2_group": MIN_DISTINCT_GROUP}
+            faded = [f"{name} fell from {first:.3f} to {log[name]:.3f}, below {least[name]} of it, after an evaluation with such a fall"
+                     for name, first in run.first.items() if log[name] < least[name] * first]
+            run.ended, run.faded = run.ended or (faded[-1] if faded and run.faded else ""), bool(faded)
+            run.first = run.first or {name: log[name] for name in least if name in log}
             if run.last > run.best and not faded:       # what lost its diversity is never the best
                 run.best, run.bests = run.last, run.bests + [step]
         run.step, run.seconds, run.generator, run.random_order = step, time.time() - began, generator.get_state(), random_order.getstate()
@@ -777,8 +902,8 @@ def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str
         sys.exit(f"{folder}: another process works in it. Wait for its end, or set OUT= to another folder")
     # they say where and how fast, not what
     free = ("OUT", "DATA", "SFT", "RAW", "RESUME", "STRICT", "THREADS", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS", "HEAD_CHUNK",
-            "GRADIENT_CHECKPOINTING", "SAVE_EVERY", "KEEP_LAST", "API_THREADS", "API_TIMEOUT", "API_RETRIES", "API_PRICE_IN", "API_PRICE_OUT",
-            "API_MAX_COST", "MAX_MISSING")
+            "GRADIENT_CHECKPOINTING", "CUDA_GRAPHS", "SAVE_EVERY", "KEEP_LAST", "API_THREADS", "API_TIMEOUT", "API_RETRIES", "API_PRICE_IN",
+            "API_PRICE_OUT", "API_MAX_COST", "MAX_MISSING")
     sources = [Path(__file__).resolve(), Path(reward.__file__).resolve()]
     header = {"constants": constants, "inputs": inputs | {path.name: sha256(path) for path in sources}, "device": device,
               "python": platform.python_version(), "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}}

@@ -73,7 +73,7 @@ WEIGHT_DECAY = 0.0
 OPTIMIZER_8BIT = 1           # 8-bit AdamW of bitsandbytes, paged on a GPU; 0: AdamW of torch
 GRAD_CLIP = 1.0              # norm of the gradient
 BATCH_TOKENS = 16384         # tokens of an optimizer step, padding included
-MICRO_BATCH_TOKENS = 4096    # tokens of a forward pass: lower it when memory runs out, the result stays the same
+MICRO_BATCH_TOKENS = 4096    # tokens of a forward pass: halved where memory runs out, the result stays the same
 MAX_TOKENS = 1536            # longer samples are left out, and counted
 HEAD_CHUNK = 2048            # completion tokens whose logits exist at a time
 # Evaluation
@@ -217,7 +217,43 @@ def completion_logprobs(model, input_ids: torch.Tensor, loss_mask: torch.Tensor,
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+def fits(work) -> bool:
+    """Does the work; False where memory ran out, and what it had taken is given back."""
+    try:
+        work()
+        return True
+    except RuntimeError as error:       # of a CPU or of cuBLAS it has no class of its own
+        if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error) or "ALLOC_FAILED" in str(error)):
+            raise
+    torch.cuda.empty_cache()            # here, where the error holds no frame and no tensor any more
+    return False
+
+
+def each_micro_batch(batches: list[dict], work, again=lambda: None) -> list[dict]:
+    """Calls work(batch) for every micro-batch, and returns them, smaller ones where memory ran out.
+
+    Then MICRO_BATCH_TOKENS is halved, again() called, and work begins with the first: no gradient is lost or counted twice. Exits where a
+    single sequence does not fit.
+    """
+    global MICRO_BATCH_TOKENS
+    done = 0
+    while done < len(batches):
+        rows, width = batches[done]["input_ids"].shape
+        if fits(lambda: work(batches[done])):
+            done += 1
+            continue
+        if rows == 1:
+            sys.exit(f"memory runs out in the update of one sequence of {width} tokens. Make it shorter (MAX_NEW_TOKENS of GRPO, MAX_TOKENS of SFT), "
+                     f"lower HEAD_CHUNK={HEAD_CHUNK}, or set GRADIENT_CHECKPOINTING=1 (it is {GRADIENT_CHECKPOINTING})")
+        MICRO_BATCH_TOKENS = (rows + 1) // 2 * width
+        tqdm.write(f"memory ran out at {rows * width} tokens: MICRO_BATCH_TOKENS={MICRO_BATCH_TOKENS} from here on, with the same gradient")
+        batches = [{name: value if value is None else value[start:start + size] for name, value in batch.items()} for batch in batches
+                   for size in [max(1, MICRO_BATCH_TOKENS // batch["input_ids"].shape[1])] for start in range(0, len(batch["input_ids"]), size)]
+        again()
+        done = 0
+    return batches
+
+
 def evaluate(model, tokenizer, samples, rows: list[dict]) -> dict[str, float]:
     """Loss on val samples, and the accuracy of one sampled completion for each of the first EVAL_ROWS rows."""
     model.eval()
@@ -307,14 +343,24 @@ def main() -> None:
             run.order = batches([len(ids) for ids, _ in samples], BATCH_TOKENS, rng)
         batch = [samples[i] for i in run.order.pop()]
         count = sum(len(ids) - prompt for ids, prompt in batch)
-        loss = 0.0
+        parts, losses = [], []
         for indices in micro_batches([len(ids) for ids, _ in batch], MICRO_BATCH_TOKENS):
             input_ids, loss_mask = collate([batch[i] for i in indices], device)
-            with autocast():
-                part = -completion_logprobs(model, input_ids, loss_mask)[0].sum() / count
-            part.backward()
-            loss += float(part.detach())
+            parts.append({"input_ids": input_ids, "loss_mask": loss_mask})
             run.tokens += input_ids.numel()
+
+        def learn(part):
+            with autocast():
+                loss = -completion_logprobs(model, part["input_ids"], part["loss_mask"])[0].sum() / count
+            loss.backward()
+            losses.append(float(loss.detach()))
+
+        def forget():
+            losses.clear()
+            model.zero_grad()
+
+        each_micro_batch(parts, learn, forget)
+        loss = sum(losses)
         norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], GRAD_CLIP)
         good = may_step(float(norm), loss, run)
         for optimizer, peak in zip(optimizers, peaks):
@@ -512,8 +558,8 @@ def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str
         sys.exit(f"{folder}: another process works in it. Wait for its end, or set OUT= to another folder")
     # they say where and how fast, not what
     free = ("OUT", "DATA", "SFT", "RAW", "RESUME", "STRICT", "THREADS", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS", "HEAD_CHUNK",
-            "GRADIENT_CHECKPOINTING", "SAVE_EVERY", "KEEP_LAST", "API_THREADS", "API_TIMEOUT", "API_RETRIES", "API_PRICE_IN", "API_PRICE_OUT",
-            "API_MAX_COST", "MAX_MISSING")
+            "GRADIENT_CHECKPOINTING", "CUDA_GRAPHS", "SAVE_EVERY", "KEEP_LAST", "API_THREADS", "API_TIMEOUT", "API_RETRIES", "API_PRICE_IN",
+            "API_PRICE_OUT", "API_MAX_COST", "MAX_MISSING")
     sources = [Path(__file__).resolve(), Path(reward.__file__).resolve()]
     header = {"constants": constants, "inputs": inputs | {path.name: sha256(path) for path in sources}, "device": device,
               "python": platform.python_version(), "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}}

@@ -9,6 +9,7 @@ import copy
 import json
 import math
 import random
+import weakref
 from collections import Counter, defaultdict
 from itertools import combinations
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 import grpo
 import reward
@@ -201,6 +203,12 @@ def nucleus(logits, temperature, top_p):
     return probabilities, mass
 
 
+def draw(logits, uniform, temperature, top_p):
+    """Tokens and mass of grpo.sample, again with the whole vocabulary where it asks for it."""
+    tokens, mass, right = grpo.sample(logits, uniform, temperature, top_p)
+    return (tokens, mass) if right else grpo.sample(logits, uniform, temperature, top_p, logits.shape[-1])[:2]
+
+
 @pytest.mark.parametrize("vocabulary, spread, temperature, top_p", [
     (40, 2.0, 1.0, 0.9), (40, 2.0, 0.7, 0.5), (40, 2.0, 1.3, 1.0), (40, 4.0, 1.0, 0.05), (40, 0.5, 1.0, 0.99),
     (1500, 3.0, 0.7, 0.9),       # more tokens than are sorted first, and these hold the mass
@@ -212,7 +220,7 @@ def test_sample_has_the_exact_nucleus_probabilities(vocabulary, spread, temperat
     probabilities, mass = nucleus(logits, temperature, top_p)
     counts = torch.zeros(vocabulary, dtype=torch.float64)
     for uniform in ((torch.arange(draws) + 0.5) / draws).split(1000):
-        tokens, allowed = grpo.sample(logits.expand(len(uniform), -1), uniform, temperature, top_p)
+        tokens, allowed = draw(logits.expand(len(uniform), -1), uniform, temperature, top_p)
         counts += tokens.bincount(minlength=vocabulary)
         assert_close(allowed, [mass] * len(uniform), 1e-5)
     assert float((counts - draws * probabilities).abs().max()) < 1.01
@@ -221,22 +229,28 @@ def test_sample_has_the_exact_nucleus_probabilities(vocabulary, spread, temperat
 
 def test_sample_stays_in_the_nucleus_at_the_ends_of_the_interval():
     logits = torch.tensor([0.5, 0.1, 0.3, 0.1]).log().expand(2, -1)
-    tokens, mass = grpo.sample(logits, torch.tensor([0.0, 1 - 2**-24]), 1.0, 0.75)
+    tokens, mass = draw(logits, torch.tensor([0.0, 1 - 2**-24]), 1.0, 0.75)
     assert tokens.tolist() == [0, 2]
     assert_close(mass, [0.8, 0.8])
 
 
 def test_sample_treats_every_row_by_itself():
     logits, uniform = torch.randn(16, 2000) * torch.linspace(0.1, 5, 16)[:, None], torch.rand(16)
-    tokens, mass = grpo.sample(logits, uniform, 0.9, 0.9)
-    alone = [grpo.sample(logits[i:i + 1], uniform[i:i + 1], 0.9, 0.9) for i in range(16)]
+    tokens, mass = draw(logits, uniform, 0.9, 0.9)
+    alone = [draw(logits[i:i + 1], uniform[i:i + 1], 0.9, 0.9) for i in range(16)]
     assert tokens.tolist() == [int(token) for token, _ in alone]
     assert_close(mass, [float(mass) for _, mass in alone])
 
 
+def test_sample_says_where_the_likeliest_tokens_are_too_few():
+    flat, peaked = torch.zeros(2, 3000), torch.cat([torch.full((2, 10), 9.0), torch.zeros(2, 2990)], 1)
+    assert [bool(grpo.sample(logits, torch.rand(2), 1.0, 0.9)[2]) for logits in (flat, peaked)] == [False, True]
+    assert [bool(grpo.sample(flat, torch.rand(2), *rest)[2]) for rest in ((1.0, 0.9, 3000), (1.0, 1.0), (0.0, 0.9))] == [True] * 3
+
+
 def test_temperature_0_is_greedy():
     logits = torch.randn(9, 50)
-    tokens, mass = grpo.sample(logits, torch.rand(9), 0.0, 0.3)
+    tokens, mass = draw(logits, torch.rand(9), 0.0, 0.3)
     assert torch.equal(tokens, logits.argmax(-1)) and mass.tolist() == [1.0] * 9
 
 
@@ -252,11 +266,49 @@ def test_rollout_samples_from_the_model():
     assert stats["nucleus_mass"] == pytest.approx(mass, abs=1e-5)
 
 
+@pytest.mark.parametrize("vocabulary, top_p, temperature", [(VOCABULARY, 1.0, 0.0), (VOCABULARY, 0.9, 0.9), (1500, 0.9, 3.0), (1500, 1.0, 1.0)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_buckets_change_no_completion(family, vocabulary, top_p, temperature):
+    # beyond 256 tokens, so that the window of the attention grows, and with rows that end all the way; in fp64, as tokens that are nearly
+    # equally likely change places with the rounding
+    model, new = small_model(family, vocabulary=vocabulary).double(), 270
+    prompts = random_ids([3, 8, 1, 5, 2, 2, 6, 4, 9, 1] * 2, vocabulary=vocabulary)
+    numbers, made = torch.rand(20, new), []
+    ends = [token for token in range(vocabulary) if token % (30 if vocabulary == VOCABULARY else 100) == 7]
+    for buckets in (False, True):
+        stats = {}
+        completions = grpo.rollout(model, prompts, max_new_tokens=new, temperature=temperature, top_p=top_p, eos_ids=ends, generator=numbers,
+                                   stats=stats, buckets=buckets)
+        made.append((completions, round(stats["nucleus_mass"], 5)))
+    assert made[0] == made[1] and len({len(ids) for ids in made[0][0]}) > 5 and (temperature == 0 or max(map(len, made[0][0])) > 40)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("bits", [16, 4])
+def test_cuda_graphs_change_no_completion(monkeypatch, policy_folders, bits):
+    model, tokenizer = load(monkeypatch, policy_folders["qwen2"], LOAD_4BIT=int(bits == 4))
+    prompts, made = random_ids([3, 8, 1, 5] * 6, vocabulary=len(tokenizer)), []
+    numbers = torch.rand(24, 300)
+    for graphs in (1, 0):
+        monkeypatch.setattr(grpo, "CUDA_GRAPHS", graphs)
+        with grpo.autocast():
+            made.append(grpo.rollout(model, prompts, max_new_tokens=300, temperature=1.0, top_p=0.9, eos_ids=[0, 1], generator=numbers))
+        assert grpo.CUDA_GRAPHS == graphs, "the capture failed"
+    assert made[0] == made[1]
+
+
+def test_the_cache_is_gone_after_a_rollout(monkeypatch):
+    caches, make = [], grpo.KVCache.__init__
+    monkeypatch.setattr(grpo.KVCache, "__init__", lambda self, *given: (caches.append(weakref.ref(self)), make(self, *given))[1])
+    roll(small_model(), random_ids([4, 2]), new=5)
+    assert len(caches) == 1 and caches[0]() is None
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_cache_keeps_the_right_rows(seed):
     generator = torch.Generator().manual_seed(seed)
     rows, slots, layers = 9, 40, 3
-    cache, kept, filled = grpo.KVCache(rows, slots), torch.zeros(layers, 2, rows, 2, 0, 4), 0
+    cache, kept, filled = grpo.KVCache(rows, slots, torch.arange(5)), torch.zeros(layers, 2, rows, 2, 0, 4), 0
     while rows and filled < slots:
         count = 5 if filled == 0 else 1
         new = torch.randn(layers, 2, rows, 2, count, 4, generator=generator)
@@ -265,12 +317,12 @@ def test_cache_keeps_the_right_rows(seed):
             keys, values = cache.update(new[layer, 0], new[layer, 1], layer)
             assert torch.equal(keys, kept[layer, 0]) and torch.equal(values, kept[layer, 1])
         filled += count
-        cache.filled = filled
         assert cache.get_seq_length() == filled
         alive = torch.rand(rows, generator=generator) < [0.8, 0.95, 0.6, 0.9][seed]
         order = cache.keep(alive)
         assert sorted(order.tolist()) == alive.nonzero().flatten().tolist()
-        kept, rows = kept[:, :, order], len(order)
+        kept, rows, cache.slots = kept[:, :, order], len(order), torch.tensor([filled])
+        cache.widen(filled + 1)
     assert filled > 8 and rows < 9
 
 
@@ -784,6 +836,75 @@ def test_the_loop_does_the_same_with_any_micro_batch_size(monkeypatch, policy_fo
     assert logs[0]["grad_norm"] > 0.01 and logs[0]["reward_std"] > 0 and logs[0]["ratio_error"] > 0
     for name in ("loss", "grad_norm", "kl", "entropy", "clip_fraction", "ratio_error", "reward", "val_reward", "val_tokens"):
         assert_close([log[name] for log in logs], [logs[0][name]] * 3, 1e-4)
+
+
+class Scarce(torch.autograd.Function):
+    """Runs out of memory where a tensor has more rows than `most`, forwards or backwards."""
+
+    @staticmethod
+    def forward(ctx, values, most, place):
+        ctx.most, ctx.place = most, place
+        if place == "forward" and len(values) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if ctx.place == "backward" and len(gradient) > ctx.most:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return gradient, None, None
+
+
+@pytest.mark.parametrize("place", ["forward", "backward"])
+def test_short_memory_halves_the_micro_batches_and_changes_nothing_else(monkeypatch, policy_folders, tmp_path, capsys, place):
+    # the wall stands in the first layer: backwards, the gradients of all that lies behind it have been added up when it is met
+    options = {"LOAD_4BIT": 0, "LORA_RANK": 0, "GRADIENT_CHECKPOINTING": 0, "STEPS": 2, "UPDATES_PER_ROLLOUT": 2}
+    expected = run_loop(monkeypatch, tmp_path / "plenty", policy_folders["qwen2"], **options)
+    forward, calls = Qwen2MLP.forward, []
+
+    def scarce(self, values):
+        calls.append(values.shape)
+        return forward(self, Scarce.apply(values, 4 if self.training or torch.is_grad_enabled() else 12, place))
+
+    monkeypatch.setattr(Qwen2MLP, "forward", scarce)
+    found = run_loop(monkeypatch, tmp_path / "scarce", policy_folders["qwen2"], **options)
+    for name in ("loss", "grad_norm", "kl", "entropy", "clip_fraction", "ratio_error", "reward", "val_reward", "val_tokens"):
+        assert_close([log[name] for log in found[1:] if name in log], [log[name] for log in expected[1:] if name in log], 1e-4)
+    told = [line for line in capsys.readouterr().out.split("\n") if "memory ran out" in line]
+    assert 1 <= len(told) <= 2 and "MICRO_BATCH_TOKENS=" in told[0]
+    assert any(len(shape) == 3 and shape[0] == 12 for shape in calls)
+
+
+def test_a_sequence_that_does_not_fit_is_an_error_that_says_what_to_do(monkeypatch):
+    def work(batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(grpo, "MICRO_BATCH_TOKENS", 4096)
+    batch = {"input_ids": torch.zeros(5, 7), "ref_logprobs": None}
+    with pytest.raises(SystemExit, match="MAX_NEW_TOKENS.*HEAD_CHUNK=.*GRADIENT_CHECKPOINTING=1"):
+        grpo.each_micro_batch([batch], work)
+    with pytest.raises(RuntimeError, match="another"):
+        grpo.each_micro_batch([batch], lambda batch: (_ for _ in ()).throw(RuntimeError("another fault")))
+
+
+def test_a_rollout_that_runs_out_of_memory_goes_on_with_fewer_rows(monkeypatch, capsys):
+    sizes, whole = [], grpo.rollout
+
+    def scarce(model, prompts, **options):
+        sizes.append(len(prompts))
+        options["generator"].manual_seed(len(sizes)) if len(prompts) > 3 else None
+        if len(prompts) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(model, prompts, **options)
+
+    tokenizer = SimpleNamespace(decode=lambda ids, **options: "text")
+    rows = [{"prompt": "1 2 3 4", "numbers": [1, 2, 3, 4]}] * 10
+    for name, value in {"rollout": scarce, "ROLLOUT_ROWS": 10, "BF16": 0, "TASK": "game24", "MAX_NEW_TOKENS": 6}.items():
+        monkeypatch.setattr(grpo, name, value)
+    generators = [torch.Generator().manual_seed(5) for _ in range(2)]
+    made = [grpo.generate(small_model(), rows, random_ids([3] * 10), [0], tokenizer, generator, 1.0, 1.0) for generator in generators]
+    assert sizes == [10, 5, 3, 3, 3, 1, 3, 3, 3, 1] and made[0] == made[1] and len(made[0]) == 10
+    assert capsys.readouterr().out.count("memory ran out") == 2
 
 
 @pytest.mark.parametrize("case", CASES)

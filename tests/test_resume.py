@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 import grpo
 import sft
 
-TIMES = {"seconds", "tokens_per_s", "rollout_tokens_per_s", "update_tokens_per_s", "val_seconds", "peak_gib"}
+TIMES = {"seconds", "rollout_seconds", "reward_seconds", "update_seconds", "val_seconds", "peak_gib",
+         "tokens_per_s", "rollout_tokens_per_s", "update_tokens_per_s"}
 DATA = {"LOWEST": 3, "HIGHEST": 5, "VAL_HANDS": 3, "TEST_HANDS": 3, "TRACES_PER_HAND": 4, "MAX_TRACE_TOKENS": 80}
 SFT = {"batch_tokens": 512, "eval_rows": 3, "max_new_tokens": 20, "eval_every": 3, "log_every": 100, "save_every": 2, "steps": 12}
 GRPO = {"prompts_per_step": 3, "group_size": 8, "max_new_tokens": 60, "temperature": 1.2, "steps": 8, "eval_every": 2, "patience": 100,
