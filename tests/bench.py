@@ -150,14 +150,14 @@ def our_speed(model, prompts, new: int, bf16: bool = True) -> float:
     return 1 / seconds(work) * useful(made)
 
 
-def generate_speed(model, prompts, new: int, cache: str = "dynamic", bf16: bool = True) -> float:
-    """Useful tokens a second of generate, with a dynamic or a static cache, or of generate_batch."""
+def generate_speed(model, prompts, new: int, cache: str = "dynamic") -> float:
+    """Useful tokens a second of generate, with a dynamic or a static cache, or of generate_batch, in the precision of the weights."""
     settings = GenerationConfig(max_new_tokens=new, do_sample=True, temperature=TEMPERATURE, top_p=1.0, top_k=0, eos_token_id=0, pad_token_id=0,
                                 cache_implementation="static" if cache == "static" else None, disable_compile=not CUDA)
     made = []
 
     def work():
-        with torch.no_grad(), precision(bf16):
+        with torch.no_grad():
             if cache == "batch":
                 made.extend(list(one.generated_tokens) for one in model.generate_batch(prompts, generation_config=settings).values())
             else:
@@ -165,38 +165,40 @@ def generate_speed(model, prompts, new: int, cache: str = "dynamic", bf16: bool 
                 found = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), generation_config=settings)
                 made.extend(found[:, input_ids.shape[1]:].tolist())
 
-    attention = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
-    speed = 1 / seconds(work) * useful(made)
-    model.set_attn_implementation(attention)
-    return speed
+    return 1 / seconds(work) * useful(made)
+
+
+def models(shape: str, bf16: bool, mean: float = math.inf, **changes) -> tuple:
+    """One for us, which autocast runs, and the same for generate, in bf16 itself: its caches do not take what autocast makes."""
+    ours = random_model(shape, mean, **changes)
+    theirs = copy.deepcopy(ours).to(torch.bfloat16 if bf16 else torch.float32)
+    theirs.set_attn_implementation("sdpa")
+    return ours, theirs
 
 
 def bench_rollout() -> None:
     rows, bf16 = [], grpo.bf16_works()
-    model, prompts = random_model("tiny", RAGGED["mean"]), random_prompts(96)
-    for caches in (["dynamic", "static"], ["dynamic", "batch"]):
-        speeds = alternate(lambda: our_speed(model, prompts, RAGGED["new"], bf16),
-                           *(lambda cache=cache: generate_speed(model, prompts, RAGGED["new"], cache, bf16) for cache in caches))
-        for cache, others in list(zip(caches, speeds[1:]))[bool(rows):]:
-            rows.append([f"tiny, 96 ragged, {cache}", f"{statistics.median(speeds[0]):,.0f}", f"{statistics.median(others):,.0f}",
-                         ratios(speeds[0], others, "rollout_tiny_vs_hf" if cache == "dynamic" else "")])
-    speeds = alternate(lambda: our_speed(model, prompts, RAGGED["new"], False),
-                       lambda: generate_speed(model, prompts, RAGGED["new"], "dynamic", False))
-    rows.append(["the same in fp32, dynamic", *(f"{statistics.median(x):,.0f}" for x in speeds), ratios(*speeds)])
-    model, prompts, settings = random_model("0.5B", 24), random_prompts(24), (64, "dynamic", bf16)
-    speeds = alternate(lambda: our_speed(model, prompts, 64, bf16), lambda: generate_speed(model, prompts, *settings), rounds=3)
-    rows.append(["0.5B, 24 ragged (mean 24, longest 64), dynamic", *(f"{statistics.median(x):,.0f}" for x in speeds),
-                 ratios(*speeds, "rollout_0.5b_vs_hf")])
-    table("Rollout: useful tokens a second", ["shape, cache of `generate`", "ours", "`generate`", "ratio"], rows)
-    rows, settings = [], {"rounds": 1}
-    for name, count, shape, new in [(f"{n} completions, ragged", n, {"mean": RAGGED["mean"]}, RAGGED["new"]) for n in (24, 48, 96, 192)] + [
-            (f"96 of {n} tokens", 96, {}, n) for n in (64, 256, 1024)] + [
-            (f"96 of 32 tokens, vocabulary {n:,}", 96, {"vocab_size": n}, 32) for n in (256, 151936)]:
-        model, prompts = random_model("tiny", **shape), random_prompts(count)
-        speeds = alternate(lambda: our_speed(model, prompts, new, bf16), lambda: generate_speed(model, prompts, new, "dynamic", bf16), **settings)
-        rows.append([name, *(f"{x[0]:,.0f}" for x in speeds), f"{speeds[0][0] / speeds[1][0]:.2f}"])
-    table("Rollout of the tiny shape: how it scales (one round)", ["", "ours", "`generate`", "ratio"], rows)
+
+    def compare(name, shape, count, new, caches=("dynamic",), rounds=ROUNDS, bf16=bf16, key="", **changes):
+        ours, theirs = models(shape, bf16, **changes)
+        prompts = random_prompts(count)
+        speeds = alternate(lambda: our_speed(ours, prompts, new, bf16),
+                           *(lambda cache=cache: generate_speed(theirs, prompts, new, cache) for cache in caches), rounds=rounds)
+        for cache, others in zip(caches, speeds[1:]):
+            rows.append([name, cache, *(f"{statistics.median(x):,.0f}" for x in (speeds[0], others)),
+                         ratios(speeds[0], others, key if cache == "dynamic" else "")])
+
+    kind, ragged = "bf16" if bf16 else "fp32", {"mean": RAGGED["mean"]}
+    compare(f"tiny, 96 ragged, {kind}", "tiny", 96, RAGGED["new"], ("dynamic", "static", "batch"), key="rollout_tiny_vs_hf", **ragged)
+    compare("the same, fp32", "tiny", 96, RAGGED["new"], bf16=False, rounds=3, **ragged)
+    compare(f"0.5B, 24 ragged (mean 24, longest 64), {kind}", "0.5B", 24, 64, rounds=3, key="rollout_0.5b_vs_hf", mean=24)
+    for count in (24, 48, 192):
+        compare(f"tiny, {count} ragged", "tiny", count, RAGGED["new"], rounds=1, **ragged)
+    for new in (64, 256, 1024):
+        compare(f"tiny, 96 of {new} tokens", "tiny", 96, new, rounds=1)
+    for vocabulary in (256, 151936):
+        compare(f"tiny, 96 of 32 tokens, vocabulary {vocabulary:,}", "tiny", 96, 32, rounds=1, vocab_size=vocabulary)
+    table("Rollout: useful tokens a second", ["completions", "cache of `generate`", "ours", "`generate`", "ratio"], rows)
 
 
 # ---- update ---------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def test_both_sides_do_the_same_work(tmp_path):
     theirs = bench.trl_steps(model, tokenizer, tmp_path / "trl", 6, False, 1, 48)
     assert set(ours) == {"rollout", "reward", "update", "tokens_per_s"} and all(value > 0 for value in [*ours.values(), *theirs.values()])
     speeds = [speed(model, bench.random_prompts(4), 5, *rest) for speed, *rest in (
-        (bench.our_speed, False), (bench.generate_speed, "dynamic", False), (bench.generate_speed, "static", False))]
+        (bench.our_speed, False), (bench.generate_speed, "dynamic"), (bench.generate_speed, "static"))]
     assert min(speeds) > 0
 
 
