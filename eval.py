@@ -174,15 +174,20 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_
     return tokens.gather(1, choice).flatten(), total.flatten(), right
 
 
+def no_memory(error: BaseException | None) -> bool:
+    """Whether an error says that memory ran out: the allocator of torch, a driver, cuBLAS and a CPU each have their own words."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in ("allocate memory", "out of memory", "ALLOC_FAILED"))
+
+
 def capture(forward):
     """A CUDA graph of a decode step, and the logits that its replay writes: one launch instead of a thousand."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    scope = torch.cuda.graph(graph)         # its stream is the same each time: every stream has a cuBLAS workspace of its own
+    scope.capture_stream.wait_stream(current)
+    with torch.cuda.stream(scope.capture_stream):
         forward()           # the first time libraries allocate and autocast casts weights, which a capture must not do
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    current.wait_stream(scope.capture_stream)
+    with torch.cuda.stream(current), scope:         # the outer one: a capture that fails would leave its stream the current one
         logits = forward()
     return graph, logits
 
@@ -234,8 +239,9 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
                 graph, output = capture(forward)
                 shape = cache.rows, cache.window
             except RuntimeError as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
+                for cause in (error, error.__context__):        # the end of a capture that ran out of memory is an error of its own
+                    if no_memory(cause):
+                        raise cause
                 CUDA_GRAPHS = 0
                 tqdm.write(f"no CUDA graphs, the rollout goes on without: {str(error)[:300]}")
         if graph is None:

@@ -217,13 +217,18 @@ def completion_logprobs(model, input_ids: torch.Tensor, loss_mask: torch.Tensor,
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
 
+def no_memory(error: BaseException | None) -> bool:
+    """Whether an error says that memory ran out: the allocator of torch, a driver, cuBLAS and a CPU each have their own words."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in ("allocate memory", "out of memory", "ALLOC_FAILED"))
+
+
 def fits(work) -> bool:
     """Does the work; False where memory ran out, and what it had taken is given back."""
     try:
         work()
         return True
-    except RuntimeError as error:       # of a CPU or of cuBLAS it has no class of its own
-        if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error) or "ALLOC_FAILED" in str(error)):
+    except RuntimeError as error:
+        if not no_memory(error):
             raise
     torch.cuda.empty_cache()            # here, where the error holds no frame and no tensor any more
     return False
@@ -254,6 +259,7 @@ def each_micro_batch(batches: list[dict], work, again=lambda: None) -> list[dict
     return batches
 
 
+@torch.no_grad()
 def evaluate(model, tokenizer, samples, rows: list[dict]) -> dict[str, float]:
     """Loss on val samples, and the accuracy of one sampled completion for each of the first EVAL_ROWS rows."""
     model.eval()

@@ -255,7 +255,7 @@ def our_steps(model, tokenizer, folder: Path, new: int, bf16: bool, steps: int, 
     rows = [{"prompt": " ".join(f"w{i}" for i in ids), "numbers": [i + 1, 1, 1, 1]} for i, ids in enumerate(random_prompts(64))]
     for name, part in (("train", rows[:-1]), ("val", rows[-1:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
-    grpo.load_model, grpo.catch_signals, grpo.fingerprint = lambda *_, **__: (copy.deepcopy(model), tokenizer), list, lambda *_: {}
+    grpo.load_model, grpo.catch_signals, grpo.fingerprint = lambda *_, **__: (model if CUDA else copy.deepcopy(model), tokenizer), list, lambda *_: {}
     reward.score = score
     settings = {"SFT": folder, "DATA": folder, "OUT": folder, "RESUME": 0, "BF16": int(bf16), "STEPS": steps + 1, "EVAL_EVERY": 10**6, "TOP_P": 1.0,
                 "PROMPTS_PER_STEP": 12, "GROUP_SIZE": 8, "MAX_NEW_TOKENS": new, "BETA": 0.0, "SAVE_EVERY": 10**6, "OPTIMIZER_8BIT": 0, **constants}

@@ -917,3 +917,22 @@ def test_the_loop_begins_on_policy_and_at_kl_0(monkeypatch, policy_folders, tmp_
     _, first, second = run_loop(monkeypatch, tmp_path / "run", start, STEPS=2, EVAL_EVERY=2, UPDATES_PER_ROLLOUT=1, **weights)
     assert first["kl"] == 0 and second["kl"] > 0
     assert first["ratio_error"] == second["ratio_error"] == 0 and first["grad_norm"] > 0
+
+
+def test_sft_evaluates_without_gradients(monkeypatch, policy_folders):
+    # which would hold the activations of the whole val split
+    model, tokenizer = load(monkeypatch, policy_folders["qwen2"], LOAD_4BIT=0, LORA_RANK=0)
+    logprobs, grads = sft.completion_logprobs, []
+    monkeypatch.setattr(sft, "completion_logprobs", lambda *given: (grads.append(torch.is_grad_enabled()), logprobs(*given))[1])
+    for name, value in {"BF16": 0, "MAX_NEW_TOKENS": 4, "TASK": "game24"}.items():
+        monkeypatch.setattr(sft, name, value)
+    rows = [{"prompt": "1 2 3 4", "numbers": [1, 2, 3, 4]}]
+    assert set(sft.evaluate(model, tokenizer, [([1, 2, 3, 4], 2)], rows)) == {"val_loss", "val_accuracy", "val_unfinished"}
+    assert grads == [False] and model.training
+
+
+@pytest.mark.parametrize("error, expected", [
+    (torch.OutOfMemoryError("x"), True), (RuntimeError("CUDA error: out of memory"), True), (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), True),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True), (RuntimeError("shapes do not match"), False), (None, False)])
+def test_words_of_short_memory(error, expected):
+    assert grpo.no_memory(error) == expected
