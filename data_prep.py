@@ -624,8 +624,13 @@ def stored(path: Path) -> Iterator[dict]:
 def write_stage(folder: Path, name: str, examine: Callable) -> dict:
     """Writes the rows that `examine(stage)` gives without a reason to NAME.jsonl; what it counted goes to funnel.json. Made once."""
     path, counts = folder / f"{name}.jsonl", folder / "funnel.json"
-    funnel = json.loads(counts.read_text(encoding="utf-8")) if counts.is_file() else {}
+    try:
+        funnel = json.loads(counts.read_text(encoding="utf-8")) if counts.is_file() else {}
+    except ValueError as error:
+        sys.exit(f"{counts} is damaged: {error}. Remove it, and the stages are made again")
     if path.is_file() and name in funnel:
+        if (found := sum(1 for _ in stored(path))) != funnel[name]["out"]:
+            sys.exit(f"{path} is damaged: it has {found} rows of {funnel[name]['out']}. Remove the file, and it is made again")
         return funnel[name]
     begin, stage = time.monotonic(), {"in": 0, "out": 0, "dropped": {}, "samples": {}}
     write_rows(path, (row for row, reason in tqdm(examine(stage), desc=name, unit="text", dynamic_ncols=True) if passes(stage, row, reason)))

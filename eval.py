@@ -1014,6 +1014,9 @@ def judge_run(folder: Path, cache: Path, data: Path) -> None:
         write_json(place / "judge.json", found)
         print(json.dumps(found, indent=1, ensure_ascii=False) if found["believed"] else f"no result: {found['reason']}")
     if HUMAN:
+        texts, own = (dict(fields for _, fields in read_table(path, ("item", "text"))) for path in (Path(HUMAN), folder / "people.csv"))
+        if other := next((item for item in texts if reward.han(texts[item]) != reward.han(own.get(item, ""))), ""):
+            sys.exit(f"{HUMAN}: item {other} has another text than in {folder}/people.csv: it is the sheet of another evaluation")
         rules = {(str(row["id"]), name): row["reward"] for name, made in verses.items() for row in made}
         print(json.dumps(agreement(read_human(Path(HUMAN), folder / "people-key.csv"), read_log(place / "judge.jsonl"), rules)))
 

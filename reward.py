@@ -211,7 +211,8 @@ def use_data(task: str, folder: Path) -> None:
         made["lines"] = set(array("I", base64.b64decode(made["lines"])))
         made["total"] = sum(made["characters"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder}/table.json, which the rewards of lyrics need, cannot be read: {error!r}. `make data TASK=lyrics` makes it")
+        raise ValueError(f"{folder}/table.json, which the rewards of lyrics need, cannot be read: {str(error)[:200]}. "
+                         "`make data TASK=lyrics` makes it, once the summary.json beside it, if there is one, is removed")
     table.clear()
     table.update(made)
 

@@ -426,6 +426,8 @@ def main() -> None:
     set_verbosity_error()
     disable_progress_bar()
     words = [word for word in sys.argv[1:] if not word.startswith("--")]
+    if not {word for word in sys.argv if word.startswith("--")} <= {"--device=cpu", "--device=cuda"}:
+        sys.exit(f"DEVICE is cpu or cuda, not as in {' '.join(sys.argv[1:])}")
     if CUDA and not torch.cuda.is_available():
         sys.exit("DEVICE=cuda: there is no CUDA device")
     torch.set_num_threads(os.cpu_count())
