@@ -1116,9 +1116,9 @@ def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str
     except BlockingIOError:
         sys.exit(f"{folder}: another process works in it. Wait for its end, or set OUT= to another folder")
     # they say where and how fast, not what
-    free = ("OUT", "DATA", "SFT", "RAW", "RESUME", "STRICT", "THREADS", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS", "HEAD_CHUNK",
-            "GRADIENT_CHECKPOINTING", "CUDA_GRAPHS", "SAVE_EVERY", "KEEP_LAST", "API_THREADS", "API_TIMEOUT", "API_RETRIES", "API_PRICE_IN",
-            "API_PRICE_OUT", "API_MAX_COST", "MAX_MISSING")
+    free = ("OUT", "DATA", "SFT", "RAW", "RESUME", "STRICT", "THREADS", "ROLLOUT_ROWS", "MERGED", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS",
+            "HEAD_CHUNK", "GRADIENT_CHECKPOINTING", "CUDA_GRAPHS", "SAVE_EVERY", "KEEP_LAST", "API_THREADS", "API_TIMEOUT", "API_RETRIES",
+            "API_PRICE_IN", "API_PRICE_OUT", "API_MAX_COST", "MAX_MISSING")
     sources = [Path(__file__).resolve(), Path(reward.__file__).resolve()]
     header = {"constants": constants, "inputs": inputs | {path.name: sha256(path) for path in sources}, "device": device,
               "python": platform.python_version(), "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}}

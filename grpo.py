@@ -69,6 +69,7 @@ TOP_P = 0.9                  # 1: what is sampled is exactly what is scored
 MAX_NEW_TOKENS = 1024
 MAX_PROMPT_TOKENS = 512      # longer prompts are left out, and counted
 ROLLOUT_ROWS = 96            # completions generated at a time: halved where memory runs out
+MERGED = 1                   # the rollout has its own copy of the weights, not in 4 bits and with the adapter in them: faster; 0: less memory
 CUDA_GRAPHS = 1              # on a GPU a step of the rollout is one launch instead of a thousand; 0: as it is without
 # Advantages
 BASELINE = "momentum"        # momentum; group: plain GRPO; none: no std (Dr. GRPO); batch: std of the whole step
@@ -107,7 +108,7 @@ SPIKE = 10.0                 # standard deviations above the mean of the last 10
 SKIP_SPIKES = 0              # ... and 1: its update is skipped
 # What a policy that began as MODEL=tiny has instead, where the command line does not say otherwise
 TINY = {"LOAD_4BIT": 0, "LORA_RANK": 0, "GRADIENT_CHECKPOINTING": 0, "OPTIMIZER_8BIT": 0, "MAX_NEW_TOKENS": 208, "PROMPTS_PER_STEP": 32, "TOP_P": 1.0,
-        "LR": 2e-4, "STEPS": 100, "ROLLOUT_ROWS": 272, "EVAL_EVERY": 10, "EVAL_SAMPLES": 4, "PATIENCE": 6}
+        "LR": 2e-4, "STEPS": 100, "ROLLOUT_ROWS": 272, "MICRO_BATCH_TOKENS": 1024, "EVAL_EVERY": 10, "EVAL_SAMPLES": 4, "PATIENCE": 6}
 # What TASK=lyrics has instead, and a tiny model in it
 LYRICS = {"BEST_BY": "reward", "MIN_DISTINCT": 0.9, "MIN_DISTINCT_GROUP": 0.8, "EVAL_SAMPLES": 4}
 TINY_LYRICS = {"MAX_NEW_TOKENS": 320, "PROMPTS_PER_STEP": 16, "LR": 3e-4}
@@ -193,18 +194,26 @@ class KVCache:
     tensor, and attention reads the first `window` tokens: so that a CUDA graph can hold a step.
     """
 
-    def __init__(self, rows: int, tokens: int, slots: torch.Tensor):
-        self.rows, self.tokens, self.slots, self.window, self.layers = rows, tokens, slots, len(slots), {}
+    def __init__(self, rows: int, tokens: int, slots: torch.Tensor, dtype: torch.dtype):
+        self.rows, self.tokens, self.slots, self.window, self.dtype, self.layers = rows, tokens, slots, len(slots), dtype, {}
 
     def update(self, keys, values, layer, *args, **kwargs):
         if layer not in self.layers:
-            self.layers[layer] = [x.new_empty(self.rows, x.shape[1], self.tokens, x.shape[3]) for x in (keys, values)]
+            self.layers[layer] = [x.new_empty(self.rows, x.shape[1], self.tokens, x.shape[3], dtype=self.dtype) for x in (keys, values)]
         for store, new in zip(self.layers[layer], (keys, values)):
             store[:self.rows].index_copy_(2, self.slots, new)
         return [store[:self.rows, :, :self.window] for store in self.layers[layer]]
 
     def get_seq_length(self, layer=0) -> int:
         return self.window
+
+    def repeat(self, index: torch.Tensor, tokens: int) -> None:
+        """Row i becomes a copy of the old row index[i] (rows,), with room for `tokens` tokens."""
+        self.rows, self.tokens = len(index), tokens
+        for stores in self.layers.values():
+            for place, store in enumerate(stores):
+                stores[place] = store.new_empty(self.rows, store.shape[1], tokens, store.shape[3])
+                stores[place][:, :, :self.window] = store[index, :, :self.window]
 
     def widen(self, window: int) -> None:
         """Lets attention read the first `window` tokens. Those that are not written yet become 0: a NaN would get through any mask."""
@@ -226,20 +235,99 @@ class KVCache:
         return order
 
 
+def merged(linears: list, dtype: torch.dtype):
+    """A function of x, (..., in) -> (..., out of all), in `dtype`: linear layers over one input, out of their 4 bits, with their adapters in them."""
+    weights = []
+    for linear in linears:
+        base = getattr(linear, "base_layer", linear)
+        weight = base.weight
+        if hasattr(weight, "quant_state"):
+            from bitsandbytes.functional import dequantize_4bit
+            weight = dequantize_4bit(weight.data, weight.quant_state)
+        for adapter in linear.active_adapters if base is not linear and not linear.disable_adapters else ():
+            weight = weight.float() + linear.get_delta_weight(adapter).float()
+        weights.append(weight.to(dtype))
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+    biases = [getattr(linear, "base_layer", linear).bias for linear in linears]
+    bias = None if biases[0] is None else torch.cat(biases).to(dtype)
+    if weight.device.type == "cpu" and dtype == torch.bfloat16:       # in the layout of the matrix library a product takes half the time
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, bias, "none", [], "")
+    return lambda x: torch.nn.functional.linear(x.to(dtype), weight, bias)
+
+
+def fast_forward(model, dtype: torch.dtype, tokens: int):
+    """forward(ids (B, T), positions (B, T), mask (B, 1, T, window), cache) -> logits (B, V) of the last token; None for a model it does not know.
+
+    It computes what the forward pass of transformers does, in a third of the calls: projections of one input are one, weights are in the
+    precision `dtype` of the products, angles of `tokens` positions are looked up, and on a CPU the attention of one token is two products.
+    """
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config, body = causal_lm.config, causal_lm.model
+    linears = [module for layer in body.layers for module in (*layer.self_attn.children(), *layer.mlp.children()) if hasattr(module, "in_features")]
+    if (config.model_type not in ("llama", "qwen2", "qwen3") or body.rotary_emb.rope_type not in ("default", "linear", "llama3", "yarn")
+            or config.hidden_act != "silu" or set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}
+            or type(body.embed_tokens) is not torch.nn.Embedding or any(
+                type(getattr(x, "base_layer", x)).__name__ not in ("Linear", "Linear4bit") or x is not getattr(x, "base_layer", x)
+                and (not hasattr(x, "get_delta_weight") or any({**x.lora_bias, **x.lora_variant}.values())) for x in (*linears, causal_lm.lm_head))):
+        return None
+    size, kv = body.layers[0].self_attn.head_dim, config.num_key_value_heads
+    heads, eps, scale, embedding = config.num_attention_heads, config.rms_norm_eps, body.layers[0].self_attn.scaling, body.embed_tokens.weight
+    cos, sin = (x[0] for x in body.rotary_emb(embedding[:1, None], torch.arange(tokens, device=embedding.device)[None]))
+    sin = torch.cat([-sin[:, :size // 2], sin[:, size // 2:]], 1)       # the halves of a head turn in opposite ways
+    layers = []
+    for layer in body.layers:
+        own, mlp = layer.self_attn, layer.mlp
+        qk_norm = torch.cat([own.q_norm.weight.expand(heads, -1), own.k_norm.weight.expand(kv, -1)]) if hasattr(own, "q_norm") else None
+        layers.append((layer.input_layernorm.weight, merged([own.q_proj, own.k_proj, own.v_proj], dtype), qk_norm, merged([own.o_proj], dtype),
+                       layer.post_attention_layernorm.weight, merged([mlp.gate_proj, mlp.up_proj], dtype), merged([mlp.down_proj], dtype)))
+    head = merged([causal_lm.lm_head], dtype)
+
+    def norm(x, weight):
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+
+    def forward(ids, positions, mask, cache):
+        rows, new = ids.shape
+        x, turn, turn_half = embedding[ids], cos[positions][:, :, None], sin[positions][:, :, None]
+        products = ids.device.type == "cpu" and new == 1
+        # the heads that share keys and values are like so many tokens
+        mask = mask[:, :, None].expand(-1, kv, heads // kv, -1, -1).flatten(2, 3)
+        mask = mask.flatten(0, 1) if products else mask
+        for index, (norm_1, qkv, qk_norm, out, norm_2, gate_up, down) in enumerate(layers):
+            states = qkv(norm(x, norm_1)).view(rows, new, heads + 2 * kv, size)
+            turned, values = states.split([heads + kv, kv], 2)
+            turned = turned if qk_norm is None else norm(turned, None) * qk_norm
+            turned = (turned * turn + turned.roll(size // 2, -1) * turn_half).to(cache.dtype).transpose(1, 2)
+            keys, values = cache.update(turned[:, heads:], values.transpose(1, 2).to(cache.dtype), index)
+            queries = turned[:, :heads].reshape(rows, kv, -1, size)
+            if products:
+                scores = torch.baddbmm(mask, queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), alpha=scale)
+                seen = torch.bmm(scores.softmax(-1), values.flatten(0, 1))
+            else:
+                seen = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+            x = x + out(seen.reshape(rows, heads, new, size).transpose(1, 2).reshape(rows, new, -1))
+            gate, up = gate_up(norm(x, norm_2)).chunk(2, -1)
+            x = x + down(torch.nn.functional.silu(gate) * up)
+        return head(norm(x[:, -1], body.norm.weight))
+
+    return forward
+
+
 def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float, likeliest: int = 1024):
-    """Next tokens (B,) from logits (B, V) and a uniform number a row, the probability mass (B,) of the tokens allowed, and whether that is right.
+    """Next tokens of logits (B, V) and a uniform number a row; their log-probs, the mass of the tokens allowed, (B,) all; and whether that is right.
 
     Nucleus sampling: the smallest set of tokens whose mass is at least top_p. The 1,024 likeliest hold it nearly always. Where they do
     not, the last value is False, and the call has to be made again with likeliest=V; it is a tensor, as to look at it is to wait for a GPU.
+    The log-probs are those before the nucleus is cut: of logits / temperature, as the update scores them.
     """
-    right = torch.ones((), dtype=torch.bool, device=logits.device)
+    right, whole = torch.ones((), dtype=torch.bool, device=logits.device), torch.ones_like(uniform)
     if temperature == 0:
-        return logits.argmax(-1), torch.ones_like(uniform), right
+        return logits.argmax(-1), torch.zeros_like(uniform), whole, right
     probs = torch.softmax(logits.float() / temperature, -1)
-    if top_p == 1 and probs.shape[-1] > likeliest:       # none is left out: no order is needed
+    if top_p == 1:      # none is left out: no order is needed
         mass = probs.cumsum(-1)
-        choice = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)
-        return choice.clamp(max=probs.shape[-1] - 1).flatten(), torch.ones_like(uniform), right
+        tokens = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True).clamp(max=probs.shape[-1] - 1)
+        return tokens.flatten(), probs.gather(1, tokens).flatten().log(), whole, right
     top, tokens = probs.topk(min(likeliest, probs.shape[-1]))
     mass = top.cumsum(-1)
     if likeliest < probs.shape[-1]:
@@ -247,7 +335,7 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_
     allowed = (mass - top < top_p).sum(-1, keepdim=True).clamp(min=1)       # NaN logits: any token, the loss will be NaN and say so
     total = mass.gather(1, allowed - 1)
     choice = torch.searchsorted(mass, uniform[:, None] * total, right=True).minimum(allowed - 1)
-    return tokens.gather(1, choice).flatten(), total.flatten(), right
+    return tokens.gather(1, choice).flatten(), top.gather(1, choice).flatten().log(), total.flatten(), right
 
 
 def no_memory(error: BaseException | None) -> bool:
@@ -276,8 +364,9 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
     Prompts are padded on the left, so that every row writes the same slot of the cache; finished rows leave the batch. The random
     numbers belong to the prompts, not to the rows, so the dropping of rows changes no completion. The model's mode and parameters
     are left as they were. `generator` draws the numbers, or is a tensor (B, max_new_tokens) of them. `stats`, where given, receives
-    nucleus_mass: the mean probability of what top_p allows. With `buckets`, the default on a GPU, there are few shapes, each captured as a
-    CUDA graph, and the host waits for the GPU every 16 steps only, to see what has finished; without, on a CPU, no work is in vain.
+    nucleus_mass, the mean probability of what top_p allows, and logprobs, of the tokens, as lists. With `buckets`, the default on a GPU, there
+    are few shapes, each captured as a CUDA graph, and the host waits for the GPU every 16 steps only, to see what has finished; without, on a
+    CPU, little work is in vain.
     """
     device, count = next(model.parameters()).device, len(prompt_ids)
     if not count or min(map(len, prompt_ids)) == 0:
@@ -285,23 +374,35 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
     if not 0 < top_p <= 1 or temperature < 0:
         raise ValueError(f"top_p must be above 0 and at most 1, temperature at least 0; got {top_p} and {temperature}")
     buckets = device.type == "cuda" if buckets is None else buckets
-    every, wide = (16, 256) if buckets else (1, 1)
-    width = max(map(len, prompt_ids))
-    input_ids = torch.tensor([[eos_ids[0]] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
-    padding = torch.tensor([width - len(ids) for ids in prompt_ids], device=device)
+    every, wide, fine = (16, 256, 2) if buckets else (4, 1, 4)
+    width, unique = max(map(len, prompt_ids)), {tuple(ids): i for i, ids in enumerate(dict.fromkeys(map(tuple, prompt_ids)))}
+    if (getattr(model.config, "sliding_window", None) or math.inf) < width + max_new_tokens:
+        raise ValueError(f"this model sees the last {model.config.sliding_window} tokens only, and prompt and completion may have "
+                         f"{width + max_new_tokens}: rollout has no mask for that, lower MAX_NEW_TOKENS")
+    input_ids = torch.tensor([[eos_ids[0]] * (width - len(ids)) + list(ids) for ids in unique], device=device)
+    padding = torch.tensor([width - len(ids) for ids in unique], device=device)
     eos, rows, live = torch.tensor(eos_ids, device=device), torch.arange(count, device=device), torch.ones(count, dtype=torch.bool, device=device)
     completions = torch.zeros(count, max_new_tokens, dtype=torch.long, device=device)
+    logprobs = torch.zeros(count, max_new_tokens, device=device)
     lengths, mass, training = torch.zeros_like(rows), torch.zeros((), device=device), model.training
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else next(model.parameters()).dtype
-    places, tokens = torch.arange(width + max_new_tokens, device=device), input_ids[:, -1].clone()
-    cache, graph, shape, output = KVCache(count, len(places), places[:width]), None, None, None
+    weights = model.get_input_embeddings().weight.dtype
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weights
+    places, tokens = torch.arange(width + max_new_tokens, device=device), torch.zeros_like(rows)
+    fast = fast_forward(model, dtype, len(places)) if MERGED else None
+    # the attention of our own pass is faster in fp32 on a CPU than in bf16
+    cache = KVCache(len(unique), width, places[:width], weights if fast and device.type == "cpu" else dtype)
+    graph, shape, output = None, None, None
 
     def forward(input_ids=None):
-        input_ids = tokens[:cache.rows, None] if input_ids is None else input_ids
+        input_ids, kind = tokens[:cache.rows, None] if input_ids is None else input_ids, cache.dtype
         seen, own = places[:cache.window], padding[:cache.rows, None]
-        mask = ((seen < own)[:, None] | (seen > cache.slots[:, None]))[:, None].to(dtype) * torch.finfo(dtype).min       # (rows, 1, tokens, window)
-        return model(input_ids=input_ids, attention_mask=mask, position_ids=(cache.slots - own).clamp(min=0), past_key_values=cache,
-                     use_cache=True, logits_to_keep=1).logits[:, -1]
+        positions = (cache.slots - own).clamp(min=0)
+        mask = ((seen < own)[:, None] | (seen > cache.slots[:, None]))[:, None].to(kind) * torch.finfo(kind).min       # (rows, 1, tokens, window)
+        if fast:
+            with torch.autocast(device.type, enabled=False):
+                return fast(input_ids, positions, mask, cache)
+        return model(input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+                     logits_to_keep=1).logits[:, -1]
 
     def decode(step):
         """Logits of a step, after the tokens of the one before went into the cache."""
@@ -329,7 +430,9 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
     model.set_attn_implementation("sdpa")        # twice the speed of eager for one token a row; no change on a GPU
     model.eval()
     try:
-        logits = forward(input_ids)
+        index = torch.tensor([unique[tuple(ids)] for ids in prompt_ids], device=device)
+        logits, padding = forward(input_ids)[index], padding[index]         # a prompt is read once, whatever the size of its group
+        cache.repeat(index, len(places))
         cache.slots = places[width - 1:width].clone()
         for start in range(0, max_new_tokens, every):
             steps = range(start, min(start + every, max_new_tokens))
@@ -340,8 +443,8 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
                 logits, masses, right = first, [], True
                 for step in steps:
                     logits = decode(step) if step > start else logits
-                    tokens[:cache.rows], allowed, enough = sample(logits, uniform[step - start, rows], temperature, top_p, likeliest)
-                    completions[rows, step] = tokens[:cache.rows]
+                    tokens[:cache.rows], chosen, allowed, enough = sample(logits, uniform[step - start, rows], temperature, top_p, likeliest)
+                    completions[rows, step], logprobs[rows, step] = tokens[:cache.rows], chosen
                     masses.append(allowed)
                     right = right & enough
                 if bool(right):
@@ -354,7 +457,8 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
             left = int(live.sum())
             if not left or step + 1 == max_new_tokens:
                 break
-            size = min((n for n in (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192) if n >= left), default=cache.rows) if buckets else left
+            grain = 2 ** max(0, left.bit_length() - fine)       # few sizes: a CPU too makes a kernel for every new one
+            size = -(-left // grain) * grain
             if size < cache.rows:
                 order = cache.keep(live | ((~live).cumsum(0) <= size - left))       # finished ones fill up
                 rows, live = rows[order], live[order]
@@ -364,7 +468,7 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
         model.train(training)
         model.set_attn_implementation(attention)
     if stats is not None:
-        stats["nucleus_mass"] = float(mass / lengths.sum())
+        stats |= {"nucleus_mass": float(mass / lengths.sum()), "logprobs": [row[:n] for row, n in zip(logprobs.tolist(), lengths.tolist())]}
     return [row[:length] for row, length in zip(completions.tolist(), lengths.tolist())]
 
 
@@ -380,6 +484,9 @@ def completion_logprobs(model, input_ids: torch.Tensor, loss_mask: torch.Tensor,
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden = causal_lm.model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1][loss_mask]
     targets = input_ids[:, 1:][loss_mask]
+    count = len(targets)
+    hidden = torch.nn.functional.pad(hidden, (0, 0, 0, -count % 64))       # few shapes: the kernels that a CPU makes for each fill its memory
+    targets = torch.nn.functional.pad(targets, (0, -count % 64))
 
     def of_chunk(hidden, targets):
         logprobs = torch.log_softmax(causal_lm.lm_head(hidden).float() / temperature, -1)
@@ -391,7 +498,7 @@ def completion_logprobs(model, input_ids: torch.Tensor, loss_mask: torch.Tensor,
     for chunk in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK)):
         again = torch.is_grad_enabled() and len(targets) > HEAD_CHUNK
         parts.append(checkpoint(of_chunk, *chunk, use_reentrant=False) if again else of_chunk(*chunk))
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    return torch.cat([part[0] for part in parts])[:count], torch.cat([part[1] for part in parts])[:count]
 
 
 def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
@@ -406,10 +513,13 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
 
 
 def collate(samples: list[tuple[list[int], int]], device) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids (B, T) padded on the right, loss_mask (B, T-1) of completion tokens; a sample is its ids and its prompt's length."""
+    """input_ids (B, T) padded on the right to a multiple of 8, as matrix products like it, loss_mask (B, T-1) of completion tokens.
+
+    A sample is its ids and its prompt's length.
+    """
     lengths = torch.tensor([len(ids) for ids, _ in samples])
     prompts = torch.tensor([prompt for _, prompt in samples])
-    input_ids = torch.zeros(len(samples), int(lengths.max()), dtype=torch.long)
+    input_ids = torch.zeros(len(samples), -(-int(lengths.max()) // 8) * 8, dtype=torch.long)
     for row, (ids, _) in enumerate(samples):
         input_ids[row, :len(ids)] = torch.tensor(ids)
     position = torch.arange(1, input_ids.shape[1])
@@ -483,27 +593,32 @@ def generate(model, rows: list[dict], prompts: list[list[int]], eos_ids: list[in
 
     Exits where that are more than MAX_NO_REWARD of them. `stats` receives that of rollout and reward_seconds.
     """
-    global ROLLOUT_ROWS
+    global ROLLOUT_ROWS, MERGED
     made, failed, stats = [], [], {} if stats is None else stats
-    stats |= {"nucleus_mass": 0.0, "reward_seconds": 0.0}
+    stats |= {"nucleus_mass": 0.0, "reward_seconds": 0.0, "logprobs": []}
     while len(made) < len(prompts):
         part, completions, state = prompts[len(made):len(made) + ROLLOUT_ROWS], [], generator.get_state()
 
         def work():
             with autocast():
                 completions.extend(rollout(model, part, max_new_tokens=MAX_NEW_TOKENS, temperature=temperature, top_p=top_p, eos_ids=eos_ids,
-                                           generator=generator, stats=mass))
+                                           generator=generator, stats=found))
 
-        mass = {}
+        found = {}
         if not fits(work):
+            generator.set_state(state)
+            if MERGED:
+                MERGED = 0
+                tqdm.write(f"memory ran out at {len(part)} completions at a time: MERGED=0 from here on, which is slower")
+                continue
             if len(part) == 1:
                 sys.exit(f"memory runs out in the rollout of one completion. Lower MAX_NEW_TOKENS={MAX_NEW_TOKENS} or "
                          f"MAX_PROMPT_TOKENS={MAX_PROMPT_TOKENS}, set LOAD_4BIT=1 (it is {LOAD_4BIT}), or take a smaller model")
             ROLLOUT_ROWS = (len(part) + 1) // 2
             tqdm.write(f"memory ran out at {len(part)} completions at a time: ROLLOUT_ROWS={ROLLOUT_ROWS} from here on")
-            generator.set_state(state)
             continue
-        stats["nucleus_mass"] += mass["nucleus_mass"] * len(part) / len(prompts)
+        stats["nucleus_mass"] += found["nucleus_mass"] * len(part) / len(prompts)
+        stats["logprobs"] += found["logprobs"]
         clock = time.time()
         for ids, row in zip(completions, rows[len(made):]):
             text = tokenizer.decode(ids, skip_special_tokens=True)
@@ -622,7 +737,7 @@ def main() -> None:
             prompts = [train_ids[i] for i in picked for _ in range(GROUP_SIZE)]
             stats = {}
             completions = generate(model, rows, prompts, eos_ids, tokenizer, generator, TEMPERATURE, TOP_P, stats)
-            log["rollout_seconds"] = time.time() - clock - stats["reward_seconds"]
+            log["rollout_seconds"], sampler_logprobs = time.time() - clock - stats["reward_seconds"], stats.pop("logprobs")
 
             # 2 rewards, which generate() has computed
             rewards = torch.tensor([float("nan") if s is None else s["reward"] for _, _, s in completions], dtype=torch.float64)
@@ -647,7 +762,9 @@ def main() -> None:
             all_tokens, batches = sum(len(ids) for ids, _, _ in completions), []
             for indices in micro_batches([len(ids) for ids, _ in samples], MICRO_BATCH_TOKENS):
                 input_ids, loss_mask = collate([samples[i] for i in indices], device)
+                sampled = torch.tensor([x for i in indices for x in sampler_logprobs[i]], device=device)
                 batches.append({"input_ids": input_ids, "loss_mask": loss_mask, "ref_logprobs": None, "old_logprobs": None,
+                                "sampler_logprobs": spread(sampled, loss_mask),
                                 "advantages": advantages.flatten()[indices].float().to(device)[:, None]})
 
             def look(batch):
@@ -675,7 +792,8 @@ def main() -> None:
                                           aggregate=MAX_NEW_TOKENS if AGGREGATE == "constant" else AGGREGATE)
                 loss = loss * (share if AGGREGATE == "token" else len(logprobs) / len(samples))
                 loss.backward()
-                for name, value in {**metrics, "entropy": entropy.mean()}.items():
+                away = (old_logprobs - batch["sampler_logprobs"]).abs().sum() / len(entropy)       # of the sampler from the scorer
+                for name, value in {**metrics, "entropy": entropy.mean(), "sampler_error": away}.items():
                     sums[name] = max(sums.get(name, 0.0), float(value)) if name == "ratio_error" else sums.get(name, 0.0) + share * float(value)
                 sums["loss"] = sums.get("loss", 0.0) + float(loss.detach())
 
@@ -907,9 +1025,9 @@ def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str
     except BlockingIOError:
         sys.exit(f"{folder}: another process works in it. Wait for its end, or set OUT= to another folder")
     # they say where and how fast, not what
-    free = ("OUT", "DATA", "SFT", "RAW", "RESUME", "STRICT", "THREADS", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS", "HEAD_CHUNK",
-            "GRADIENT_CHECKPOINTING", "CUDA_GRAPHS", "SAVE_EVERY", "KEEP_LAST", "API_THREADS", "API_TIMEOUT", "API_RETRIES", "API_PRICE_IN",
-            "API_PRICE_OUT", "API_MAX_COST", "MAX_MISSING")
+    free = ("OUT", "DATA", "SFT", "RAW", "RESUME", "STRICT", "THREADS", "ROLLOUT_ROWS", "MERGED", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS",
+            "HEAD_CHUNK", "GRADIENT_CHECKPOINTING", "CUDA_GRAPHS", "SAVE_EVERY", "KEEP_LAST", "API_THREADS", "API_TIMEOUT", "API_RETRIES",
+            "API_PRICE_IN", "API_PRICE_OUT", "API_MAX_COST", "MAX_MISSING")
     sources = [Path(__file__).resolve(), Path(reward.__file__).resolve()]
     header = {"constants": constants, "inputs": inputs | {path.name: sha256(path) for path in sources}, "device": device,
               "python": platform.python_version(), "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}}

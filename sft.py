@@ -180,10 +180,13 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
 
 
 def collate(samples: list[tuple[list[int], int]], device) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids (B, T) padded on the right, loss_mask (B, T-1) of completion tokens; a sample is its ids and its prompt's length."""
+    """input_ids (B, T) padded on the right to a multiple of 8, as matrix products like it, loss_mask (B, T-1) of completion tokens.
+
+    A sample is its ids and its prompt's length.
+    """
     lengths = torch.tensor([len(ids) for ids, _ in samples])
     prompts = torch.tensor([prompt for _, prompt in samples])
-    input_ids = torch.zeros(len(samples), int(lengths.max()), dtype=torch.long)
+    input_ids = torch.zeros(len(samples), -(-int(lengths.max()) // 8) * 8, dtype=torch.long)
     for row, (ids, _) in enumerate(samples):
         input_ids[row, :len(ids)] = torch.tensor(ids)
     position = torch.arange(1, input_ids.shape[1])
@@ -200,6 +203,9 @@ def completion_logprobs(model, input_ids: torch.Tensor, loss_mask: torch.Tensor,
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden = causal_lm.model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1][loss_mask]
     targets = input_ids[:, 1:][loss_mask]
+    count = len(targets)
+    hidden = torch.nn.functional.pad(hidden, (0, 0, 0, -count % 64))       # few shapes: the kernels that a CPU makes for each fill its memory
+    targets = torch.nn.functional.pad(targets, (0, -count % 64))
 
     def of_chunk(hidden, targets):
         logprobs = torch.log_softmax(causal_lm.lm_head(hidden).float() / temperature, -1)
@@ -211,7 +217,7 @@ def completion_logprobs(model, input_ids: torch.Tensor, loss_mask: torch.Tensor,
     for chunk in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK)):
         again = torch.is_grad_enabled() and len(targets) > HEAD_CHUNK
         parts.append(checkpoint(of_chunk, *chunk, use_reentrant=False) if again else of_chunk(*chunk))
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    return torch.cat([part[0] for part in parts])[:count], torch.cat([part[1] for part in parts])[:count]
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
@@ -563,9 +569,9 @@ def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str
     except BlockingIOError:
         sys.exit(f"{folder}: another process works in it. Wait for its end, or set OUT= to another folder")
     # they say where and how fast, not what
-    free = ("OUT", "DATA", "SFT", "RAW", "RESUME", "STRICT", "THREADS", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS", "HEAD_CHUNK",
-            "GRADIENT_CHECKPOINTING", "CUDA_GRAPHS", "SAVE_EVERY", "KEEP_LAST", "API_THREADS", "API_TIMEOUT", "API_RETRIES", "API_PRICE_IN",
-            "API_PRICE_OUT", "API_MAX_COST", "MAX_MISSING")
+    free = ("OUT", "DATA", "SFT", "RAW", "RESUME", "STRICT", "THREADS", "ROLLOUT_ROWS", "MERGED", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS",
+            "HEAD_CHUNK", "GRADIENT_CHECKPOINTING", "CUDA_GRAPHS", "SAVE_EVERY", "KEEP_LAST", "API_THREADS", "API_TIMEOUT", "API_RETRIES",
+            "API_PRICE_IN", "API_PRICE_OUT", "API_MAX_COST", "MAX_MISSING")
     sources = [Path(__file__).resolve(), Path(reward.__file__).resolve()]
     header = {"constants": constants, "inputs": inputs | {path.name: sha256(path) for path in sources}, "device": device,
               "python": platform.python_version(), "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}}

@@ -5,6 +5,7 @@ All models are small and random, in fp32 on one thread. Their weights are drawn 
 loop of one token, and logits are further apart than rounding.
 """
 
+import contextlib
 import copy
 import json
 import math
@@ -16,7 +17,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen2Config, Qwen3Config
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 import grpo
@@ -205,8 +207,12 @@ def nucleus(logits, temperature, top_p):
 
 def draw(logits, uniform, temperature, top_p):
     """Tokens and mass of grpo.sample, again with the whole vocabulary where it asks for it."""
-    tokens, mass, right = grpo.sample(logits, uniform, temperature, top_p)
-    return (tokens, mass) if right else grpo.sample(logits, uniform, temperature, top_p, logits.shape[-1])[:2]
+    tokens, logprobs, mass, right = grpo.sample(logits, uniform, temperature, top_p)
+    if not right:
+        tokens, logprobs, mass, _ = grpo.sample(logits, uniform, temperature, top_p, logits.shape[-1])
+    scored = torch.log_softmax(logits.float() / (temperature or 1.0), -1).gather(1, tokens[:, None])[:, 0]
+    assert_close(logprobs, scored if temperature else torch.zeros(len(tokens)), 1e-4)
+    return tokens, mass
 
 
 @pytest.mark.parametrize("vocabulary, spread, temperature, top_p", [
@@ -244,8 +250,8 @@ def test_sample_treats_every_row_by_itself():
 
 def test_sample_says_where_the_likeliest_tokens_are_too_few():
     flat, peaked = torch.zeros(2, 3000), torch.cat([torch.full((2, 10), 9.0), torch.zeros(2, 2990)], 1)
-    assert [bool(grpo.sample(logits, torch.rand(2), 1.0, 0.9)[2]) for logits in (flat, peaked)] == [False, True]
-    assert [bool(grpo.sample(flat, torch.rand(2), *rest)[2]) for rest in ((1.0, 0.9, 3000), (1.0, 1.0), (0.0, 0.9))] == [True] * 3
+    assert [bool(grpo.sample(logits, torch.rand(2), 1.0, 0.9)[3]) for logits in (flat, peaked)] == [False, True]
+    assert [bool(grpo.sample(flat, torch.rand(2), *rest)[3]) for rest in ((1.0, 0.9, 3000), (1.0, 1.0), (0.0, 0.9))] == [True] * 3
 
 
 def test_temperature_0_is_greedy():
@@ -264,6 +270,69 @@ def test_rollout_samples_from_the_model():
     chi_square = sum((counts[token] - draws * probabilities[token])**2 / (draws * probabilities[token]) for token in allowed)
     assert chi_square < len(allowed) + 5 * math.sqrt(2 * len(allowed))       # mean and std of chi-square: n and sqrt(2 n)
     assert stats["nucleus_mass"] == pytest.approx(mass, abs=1e-5)
+
+
+def rollout_logits(monkeypatch, model, prompts, merged, new=6):
+    """Logits of each step of a greedy rollout, those of the prompts first."""
+    seen, sample = [], grpo.sample
+    monkeypatch.setattr(grpo, "sample", lambda logits, *rest: (seen.append(logits.clone()), sample(logits, *rest))[1])
+    monkeypatch.setattr(grpo, "MERGED", merged)
+    roll(model, prompts, new)
+    monkeypatch.setattr(grpo, "sample", sample)
+    return seen
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+@pytest.mark.parametrize("adapter", ["none", "trained", "switched off", "beside a reference"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fast_pass_is_that_of_transformers(monkeypatch, policy_folders, family, adapter, bits):
+    model, tokenizer = load(monkeypatch, policy_folders[family], LOAD_4BIT=int(bits == 4), LORA_RANK=0 if adapter == "none" else 4,
+                            trainable=adapter != "none")
+    if adapter != "none":
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+    if adapter == "beside a reference":
+        model.add_adapter("reference", model.peft_config["default"])
+    prompts = random_ids([7, 7, 4, 7, 3], vocabulary=len(tokenizer))
+    assert grpo.fast_forward(model, torch.float32, 20) is not None
+    with model.disable_adapter() if adapter == "switched off" else contextlib.nullcontext():
+        slow, fast = (rollout_logits(monkeypatch, model, prompts, merged) for merged in (0, 1))
+    assert len(fast) > 3 and max(float(step.abs().max()) for step in slow) > 0.5
+    for expected, found in zip(slow, fast, strict=True):
+        assert_close(found, expected, 1e-3 if bits == 4 else 2e-5)
+
+
+@pytest.mark.parametrize("odd", ["sliding window", "another activation", "DoRA", "bias in the adapter", "another family", "dynamic angles"])
+def test_the_fast_pass_leaves_alone_what_it_does_not_know(monkeypatch, odd):
+    options = {"sliding window": {"use_sliding_window": True, "sliding_window": 14, "max_window_layers": 0},
+               "another activation": {"hidden_act": "gelu"},
+               "dynamic angles": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}}.get(odd, {})
+    monkeypatch.setitem(FAMILIES, "mistral", MistralConfig)
+    model = small_model("mistral" if odd == "another family" else "qwen2", **options)
+    if odd in ("DoRA", "bias in the adapter"):
+        model = get_peft_model(model, LoraConfig(r=2, use_dora=odd == "DoRA", lora_bias=odd != "DoRA", target_modules=["q_proj"]))
+    assert grpo.fast_forward(model, torch.float32, 20) is None
+    prompts = random_ids([3, 6])
+    assert roll(model, prompts, 8) == generate_greedy(model, prompts, 8, [0])
+
+
+def test_a_window_that_slides_is_refused():
+    model = small_model("qwen2", use_sliding_window=True, sliding_window=14, max_window_layers=0)
+    with pytest.raises(ValueError, match="last 14 tokens.*may have 15.*MAX_NEW_TOKENS"):
+        roll(model, random_ids([3, 6]), 9)
+
+
+def test_a_prompt_is_read_once(monkeypatch):
+    model, prompts = small_model(), random_ids([5, 3])
+    numbers, read = torch.rand(8, 12), []
+    monkeypatch.setattr(grpo, "MERGED", 0)
+    model.model.embed_tokens.register_forward_hook(lambda module, given, made: read.append(tuple(given[0].shape)))
+    grouped = grpo.rollout(model, [prompts[i // 4] for i in range(8)], max_new_tokens=12, temperature=1.0, top_p=1.0, eos_ids=[0], generator=numbers)
+    assert read[0] == (2, 5) and read[1] == (8, 1)
+    alone = [grpo.rollout(model, [prompts[i // 4]], max_new_tokens=12, temperature=1.0, top_p=1.0, eos_ids=[0], generator=numbers[i:i + 1])[0]
+             for i in range(8)]
+    assert grouped == alone and len({tuple(ids) for ids in grouped}) > 4
 
 
 @pytest.mark.parametrize("vocabulary, top_p, temperature", [(VOCABULARY, 1.0, 0.0), (VOCABULARY, 0.9, 0.9), (1500, 0.9, 3.0), (1500, 1.0, 1.0)])
@@ -308,7 +377,7 @@ def test_the_cache_is_gone_after_a_rollout(monkeypatch):
 def test_cache_keeps_the_right_rows(seed):
     generator = torch.Generator().manual_seed(seed)
     rows, slots, layers = 9, 40, 3
-    cache, kept, filled = grpo.KVCache(rows, slots, torch.arange(5)), torch.zeros(layers, 2, rows, 2, 0, 4), 0
+    cache, kept, filled = grpo.KVCache(rows, slots, torch.arange(5), torch.float32), torch.zeros(layers, 2, rows, 2, 0, 4), 0
     while rows and filled < slots:
         count = 5 if filled == 0 else 1
         new = torch.randn(layers, 2, rows, 2, count, 4, generator=generator)
@@ -592,9 +661,10 @@ def test_completion_logprobs_are_those_of_the_full_logits(monkeypatch, family, t
 def test_collate_masks_the_completion_and_nothing_else():
     # prompts of 2, 1 and 3 tokens; id 0 is both EOS and the filling, and an EOS is trained
     input_ids, loss_mask = grpo.collate([([5, 6, 7, 0], 2), ([5, 0], 1), ([1, 0, 3, 4, 8, 0], 3)], "cpu")
-    assert input_ids.tolist() == [[5, 6, 7, 0, 0, 0], [5, 0, 0, 0, 0, 0], [1, 0, 3, 4, 8, 0]]
-    assert loss_mask.tolist() == [[False, True, True, False, False], [True, False, False, False, False], [False, False, True, True, True]]
+    assert input_ids.tolist() == [ids + [0, 0] for ids in ([5, 6, 7, 0, 0, 0], [5, 0, 0, 0, 0, 0], [1, 0, 3, 4, 8, 0])]        # 8: see there
+    assert [[i for i, on in enumerate(row) if on] for row in loss_mask.tolist()] == [[1, 2], [0], [2, 3, 4]] and loss_mask.shape == (3, 7)
     assert input_ids[:, 1:][loss_mask].tolist() == [7, 0, 0, 4, 8, 0]
+    assert [grpo.collate([([1] * length, 1)], "cpu")[0].shape[1] for length in (1, 8, 9)] == [8, 8, 16]
 
 
 def test_spread_puts_values_back_in_their_places():
@@ -664,19 +734,19 @@ WORDS = "1 2 3 4 5 6 7 8 9 10 + - * / ( ) = \n <think> </think> <answer> </answe
 
 @pytest.fixture(scope="module")
 def policy_folders(tmp_path_factory):
-    """Folders of a Qwen2 and a Qwen3 with the word tokenizer, as hub models or sft.py would leave them."""
+    """Folders of a model of each family with the word tokenizer, as hub models or sft.py would leave them."""
     folders, tokenizer = {}, sft.tiny_tokenizer([WORDS])
-    for family in ("qwen2", "qwen3"):
+    for family in FAMILIES:
         folders[family] = tmp_path_factory.mktemp(family)
         small_model(family, vocabulary=len(tokenizer)).save_pretrained(folders[family])
         tokenizer.save_pretrained(folders[family])
     return folders
 
 
-def load(monkeypatch, folder, **constants):
+def load(monkeypatch, folder, trainable=True, **constants):
     for name, value in {"BF16": 0, "LORA_RANK": 4, "LORA_ALPHA": 8, "GRADIENT_CHECKPOINTING": 0, **constants}.items():
         monkeypatch.setattr(grpo, name, value)
-    model, tokenizer = grpo.load_model(str(folder), trainable=True)
+    model, tokenizer = grpo.load_model(str(folder), trainable)
     return model.train(), tokenizer
 
 
@@ -899,12 +969,13 @@ def test_a_rollout_that_runs_out_of_memory_goes_on_with_fewer_rows(monkeypatch, 
 
     tokenizer = SimpleNamespace(decode=lambda ids, **options: "text")
     rows = [{"prompt": "1 2 3 4", "numbers": [1, 2, 3, 4]}] * 10
-    for name, value in {"rollout": scarce, "ROLLOUT_ROWS": 10, "BF16": 0, "TASK": "game24", "MAX_NEW_TOKENS": 6}.items():
+    for name, value in {"rollout": scarce, "ROLLOUT_ROWS": 10, "MERGED": 1, "BF16": 0, "TASK": "game24", "MAX_NEW_TOKENS": 6}.items():
         monkeypatch.setattr(grpo, name, value)
     generators = [torch.Generator().manual_seed(5) for _ in range(2)]
     made = [grpo.generate(small_model(), rows, random_ids([3] * 10), [0], tokenizer, generator, 1.0, 1.0) for generator in generators]
-    assert sizes == [10, 5, 3, 3, 3, 1, 3, 3, 3, 1] and made[0] == made[1] and len(made[0]) == 10
-    assert capsys.readouterr().out.count("memory ran out") == 2
+    assert sizes == [10, 10, 5, 3, 3, 3, 1, 3, 3, 3, 1] and made[0] == made[1] and len(made[0]) == 10
+    told = capsys.readouterr().out
+    assert told.count("memory ran out") == 3 and grpo.MERGED == 0 and "MERGED=0" in told.split("\n")[0]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -917,6 +988,7 @@ def test_the_loop_begins_on_policy_and_at_kl_0(monkeypatch, policy_folders, tmp_
     _, first, second = run_loop(monkeypatch, tmp_path / "run", start, STEPS=2, EVAL_EVERY=2, UPDATES_PER_ROLLOUT=1, **weights)
     assert first["kl"] == 0 and second["kl"] > 0
     assert first["ratio_error"] == second["ratio_error"] == 0 and first["grad_norm"] > 0
+    assert max(first["sampler_error"], second["sampler_error"]) < 1e-4
 
 
 def test_sft_evaluates_without_gradients(monkeypatch, policy_folders):
