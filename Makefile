@@ -112,10 +112,10 @@ plots: | .venv/ready       ## draw the figures of a run again, also of one that 
 	$(RUN) eval.py $(FLAGS_eval) --plots_only=1
 
 judge: | .venv/ready       ## lyrics: the verses of the evaluation by API_MODEL (API_KEY), or HUMAN=people.csv filled in
-	$(RUN) eval.py $(FLAGS_eval) $(if $(strip $(call given,HUMAN JUDGE)),,--judge=1)
+	$(RUN) eval.py $(FLAGS_eval) $(if $(strip $(HUMAN)$(JUDGE)),,--judge=1)
 
 ask: | .venv/ready         ## Q="3 3 8 8": the completion before and after GRPO
-	$(RUN) eval.py $(FLAGS_eval) --ask='$(Q)'
+	$(RUN) eval.py $(FLAGS_eval) --ask='$(or $(strip $(subst ','\'',$(Q))),$(error Q= is empty: what is to be asked?))'
 
 export: | .venv/ready      ## the GRPO policy as a plain folder of transformers, the adapter merged
 	$(RUN) eval.py $(FLAGS_eval) --export='$(OUT)/export'

@@ -83,6 +83,7 @@ NOTE_CHARS = 60              # a longer line with a credit or an address in it i
 SHARED_LINES = 3             # distinct lines that a near-duplicate shares with an earlier text ...
 CONTAINMENT = 0.5            # ... and their share of the lines of the smaller one
 STOCK_LINES = 50             # a line of more texts than this is a stock phrase and proves nothing
+READ = (".txt", ".jsonl", ".csv")      # files of RAW; the others are counted
 # Keywords
 KEYWORDS_MIN, KEYWORDS_MAX = 3, 5      # of a text
 WORDS = 12                   # words of a text from which its further training rows draw keywords; by an API there are just the keywords
@@ -287,7 +288,7 @@ def read_raw(path: Path, stage: dict) -> Iterator[dict]:
     files = (Path(top) / name for top, folders, names in os.walk(path) if not folders.sort() for name in sorted(names))
     others, fields, found = Counter(), {}, False
     for file in (files if path.is_dir() else [path]):
-        if file.suffix.lower() not in (".txt", ".jsonl", ".csv"):
+        if file.suffix.lower() not in READ:
             others[file.suffix or file.name] += 1
             continue
         name = JUNK.sub("?", str(file.relative_to(path) if path.is_dir() else file.name))
@@ -823,8 +824,7 @@ def split_texts(rows: list[dict], rng: random.Random) -> dict[str, list[dict]]:
     rows = list({tuple(sorted(row["keywords"])): row for row in rng.sample(rows, len(rows))}.values())
     counts = {"test": min(TEST_TEXTS, len(rows) // 5), "val": min(VAL_TEXTS, len(rows) // 10), "train": len(rows)}
     if counts["val"] < 5:
-        sys.exit(f"{len(rows)} texts are left, 50 are needed at least (and VAL_TEXTS, 5): the funnel above says where the others went. "
-                 "Add texts, then RESUME=0")
+        sys.exit(f"{len(rows)} texts are left, 50 are needed at least: the funnel above says where the others went. Add texts, then RESUME=0")
     splits, held = {name: [] for name in counts}, set()
     for name, count in counts.items():
         mine = set()
@@ -879,8 +879,8 @@ def raw_path() -> Path:
 
 
 def sha256_of_all(path: Path) -> str:
-    """One hash of a file, or of the names and contents of all files of a folder."""
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else []
+    """One hash of a file, or of the names and contents of all files of a folder that are read."""
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in READ) if path.is_dir() else []
     names = "".join(f"{file.relative_to(path)} {sha256(file)}\n" for file in files).encode(errors="surrogateescape")
     return hashlib.sha256(names).hexdigest() if files else sha256(path)
 
@@ -1056,9 +1056,9 @@ def main() -> None:
         sys.exit(f"RAW= is for TASK=lyrics, not {TASK}")
     if not 1 <= KEYWORDS_MIN <= KEYWORDS_MAX <= min(10, WORDS):
         sys.exit(f"1 <= KEYWORDS_MIN <= KEYWORDS_MAX <= 10 and WORDS is needed, not {KEYWORDS_MIN}, {KEYWORDS_MAX} and {WORDS}")
-    for name in ("VAL_TEXTS", "TEST_TEXTS", "COT_TEXTS", "VARIANTS", "MAX_BIGRAMS"):
-        if constants[name] < 1:
-            sys.exit(f"{name} must be above 0, not {constants[name]}")
+    for name, least in {"VAL_TEXTS": 5, "TEST_TEXTS": 1, "COT_TEXTS": 50, "VARIANTS": 1, "MAX_BIGRAMS": 1}.items():
+        if constants[name] < least:
+            sys.exit(f"{name} must be {least} at least, not {constants[name]}")
     if STAGE not in ("raw", "keywords", "cot"):
         sys.exit(f"unknown STAGE {STAGE!r}; there is raw, keywords, cot")
     if not 1 <= LOWEST <= HIGHEST:

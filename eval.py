@@ -118,12 +118,12 @@ class KVCache:
     tensor, and attention reads the first `window` tokens: so that a CUDA graph can hold a step.
     """
 
-    def __init__(self, rows: int, tokens: int, slots: torch.Tensor, dtype: torch.dtype):
+    def __init__(self, rows: int, tokens: int, slots: torch.Tensor, dtype: torch.dtype | None = None):
         self.rows, self.tokens, self.slots, self.window, self.dtype, self.layers = rows, tokens, slots, len(slots), dtype, {}
 
     def update(self, keys, values, layer, *args, **kwargs):
         if layer not in self.layers:
-            self.layers[layer] = [x.new_empty(self.rows, x.shape[1], self.tokens, x.shape[3], dtype=self.dtype) for x in (keys, values)]
+            self.layers[layer] = [x.new_empty(self.rows, x.shape[1], self.tokens, x.shape[3], dtype=self.dtype or x.dtype) for x in (keys, values)]
         for store, new in zip(self.layers[layer], (keys, values)):
             store[:self.rows].index_copy_(2, self.slots, new)
         return [store[:self.rows, :, :self.window] for store in self.layers[layer]]
@@ -188,12 +188,14 @@ def fast_forward(model, dtype: torch.dtype, tokens: int):
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     config, body = causal_lm.config, causal_lm.model
-    linears = [module for layer in body.layers for module in (*layer.self_attn.children(), *layer.mlp.children()) if hasattr(module, "in_features")]
-    if (config.model_type not in ("llama", "qwen2", "qwen3") or body.rotary_emb.rope_type not in ("default", "linear", "llama3", "yarn")
-            or config.hidden_act != "silu" or set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}
-            or type(body.embed_tokens) is not torch.nn.Embedding or any(
-                type(getattr(x, "base_layer", x)).__name__ not in ("Linear", "Linear4bit") or x is not getattr(x, "base_layer", x)
-                and (not hasattr(x, "get_delta_weight") or any({**x.lora_bias, **x.lora_variant}.values())) for x in (*linears, causal_lm.lm_head))):
+    parts = [x for layer in body.layers for block in (layer.self_attn, layer.mlp) for x in block.children()]
+    linears = [causal_lm.lm_head, *(x for x in parts if hasattr(x, "in_features"))]
+    adapted = [x for x in linears if hasattr(x, "base_layer")]
+    if not (config.model_type in ("llama", "qwen2", "qwen3") and body.rotary_emb.rope_type in ("default", "linear", "llama3", "yarn")
+            and config.hidden_act == "silu" and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+            and type(body.embed_tokens) is torch.nn.Embedding
+            and all(type(getattr(x, "base_layer", x)).__name__ in ("Linear", "Linear4bit") for x in linears)
+            and all(hasattr(x, "get_delta_weight") and not any({**x.lora_bias, **x.lora_variant}.values()) for x in adapted)):
         return None
     size, kv = body.layers[0].self_attn.head_dim, config.num_key_value_heads
     heads, eps, scale, embedding = config.num_attention_heads, config.rms_norm_eps, body.layers[0].self_attn.scaling, body.embed_tokens.weight
@@ -313,12 +315,12 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weights
     places, tokens = torch.arange(width + max_new_tokens, device=device), torch.zeros_like(rows)
     fast = fast_forward(model, dtype, len(places)) if MERGED else None
-    # the attention of our own pass is faster in fp32 on a CPU than in bf16
-    cache = KVCache(len(unique), width, places[:width], weights if fast and device.type == "cpu" else dtype)
+    # the attention of our own pass is faster in fp32 on a CPU than in bf16; that of transformers has keys and values of several kinds
+    cache = KVCache(len(unique), width, places[:width], (weights if device.type == "cpu" else dtype) if fast else None)
     graph, shape, output = None, None, None
 
     def forward(input_ids=None):
-        input_ids, kind = tokens[:cache.rows, None] if input_ids is None else input_ids, cache.dtype
+        input_ids, kind = tokens[:cache.rows, None] if input_ids is None else input_ids, cache.dtype or dtype
         seen, own = places[:cache.window], padding[:cache.rows, None]
         positions = (cache.slots - own).clamp(min=0)
         mask = ((seen < own)[:, None] | (seen > cache.slots[:, None]))[:, None].to(kind) * torch.finfo(kind).min       # (rows, 1, tokens, window)
@@ -1110,7 +1112,11 @@ def judge_run(folder: Path, cache: Path, data: Path) -> None:
     if TASK != "lyrics" or not (folder / "summary.json").is_file():
         sys.exit(f"{folder} holds no finished evaluation of TASK=lyrics: run `make eval TASK=lyrics` first")
     rows, place = test_rows(data), folder / "judge"
-    verses = verses_of(folder, rows, [name for name in json.loads((folder / "metrics.json").read_text(encoding="utf-8")) if name != "human"])
+    try:
+        names = [name for name in json.loads((folder / "metrics.json").read_text(encoding="utf-8")) if name != "human"]
+    except ValueError as error:
+        sys.exit(f"{folder / 'metrics.json'} is damaged: {error}. Make it again with `make eval TASK=lyrics RESUME=0`")
+    verses = verses_of(folder, rows, names)
     place.mkdir(exist_ok=True)
     if JUDGE:
         humans = [{"id": row["id"], "keywords": row["keywords"], "text": row["completion"]} for row in rows if row.get("completion")]
@@ -1522,7 +1528,8 @@ def held_out(train: list[dict], rows: list[dict], path: Path) -> list[dict]:
         shared = next(row["prompt"] for row in rows if reward.identity(TASK, row) in seen)
         found = f"{len(rows) - len(kept)} of {len(rows)} rows of {path} are in train.jsonl too, the first is {shared!r}"
         if STRICT or not kept:
-            sys.exit(f"{found}: what is measured on them says nothing. Make data that holds them out (make data HOLDOUT=file)")
+            how = "make data HOLDOUT=file" if TASK == "game24" else "take their texts out of RAW, then make data"
+            sys.exit(f"{found}: what is measured on them says nothing. Make data that holds them out ({how})")
         print(f"{found}: left out of what is measured")
     return kept
 

@@ -309,6 +309,7 @@ def main() -> None:
     base = {"tiny": "", "auto": "" if is_tiny({}) else DEFAULT_MODEL}.get(MODEL, MODEL)
     inputs = {path.name: sha256(path) for path in (data / "train.jsonl", data / "val.jsonl")} | use_data(data)
     inputs |= (fingerprint("MODEL", base) if base else {}) | ({"VOCABULARY": sha256(Path(VOCABULARY))} if Path(VOCABULARY).is_file() else {})
+    inputs |= {"MODEL": "a folder"} if Path(base or "-").is_dir() else {}       # its weights count, not its place
     checkpoint = newest_checkpoint(folder) if start_run(folder, constants, inputs, device_name()) else None
     set_seed(SEED)
     torch.set_num_threads(THREADS or os.cpu_count())
@@ -752,7 +753,8 @@ def held_out(train: list[dict], rows: list[dict], path: Path) -> list[dict]:
         shared = next(row["prompt"] for row in rows if reward.identity(TASK, row) in seen)
         found = f"{len(rows) - len(kept)} of {len(rows)} rows of {path} are in train.jsonl too, the first is {shared!r}"
         if STRICT or not kept:
-            sys.exit(f"{found}: what is measured on them says nothing. Make data that holds them out (make data HOLDOUT=file)")
+            how = "make data HOLDOUT=file" if TASK == "game24" else "take their texts out of RAW, then make data"
+            sys.exit(f"{found}: what is measured on them says nothing. Make data that holds them out ({how})")
         print(f"{found}: left out of what is measured")
     return kept
 

@@ -258,7 +258,8 @@ def our_steps(model, tokenizer, folder: Path, new: int, bf16: bool, steps: int, 
     grpo.load_model, grpo.catch_signals, grpo.fingerprint = lambda *_, **__: (model if CUDA else copy.deepcopy(model), tokenizer), list, lambda *_: {}
     reward.score = score
     settings = {"SFT": folder, "DATA": folder, "OUT": folder, "RESUME": 0, "BF16": int(bf16), "STEPS": steps + 1, "EVAL_EVERY": 10**6, "TOP_P": 1.0,
-                "PROMPTS_PER_STEP": 12, "GROUP_SIZE": 8, "MAX_NEW_TOKENS": new, "BETA": 0.0, "SAVE_EVERY": 10**6, "OPTIMIZER_8BIT": 0, **constants}
+                "PROMPTS_PER_STEP": 12, "GROUP_SIZE": 8, "MAX_NEW_TOKENS": new, "BETA": 0.0, "SAVE_EVERY": 10**6, "OPTIMIZER_8BIT": 0,
+                **({} if CUDA else {"MICRO_BATCH_TOKENS": grpo.TINY["MICRO_BATCH_TOKENS"]}), **constants}
     sys.argv = ["grpo.py", *(f"--{name.lower()}={value}" for name, value in settings.items())]
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         grpo.main()
