@@ -882,7 +882,7 @@ def sha256_of_all(path: Path) -> str:
     """One hash of a file, or of the names and contents of all files of a folder that are read."""
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in READ) if path.is_dir() else []
     names = "".join(f"{file.relative_to(path)} {sha256(file)}\n" for file in files).encode(errors="surrogateescape")
-    return hashlib.sha256(names).hexdigest() if files else sha256(path)
+    return hashlib.sha256(names).hexdigest() if path.is_dir() else sha256(path)
 
 
 def prepare_lyrics(folder: Path) -> dict:
@@ -1116,7 +1116,7 @@ def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str
     except BlockingIOError:
         sys.exit(f"{folder}: another process works in it. Wait for its end, or set OUT= to another folder")
     # they say where and how fast, not what
-    free = ("OUT", "DATA", "SFT", "RAW", "RESUME", "STRICT", "THREADS", "ROLLOUT_ROWS", "MERGED", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS",
+    free = ("OUT", "DATA", "SFT", "RAW", "RESUME", "STRICT", "THREADS", "ROLLOUT_ROWS", "ROLLOUT_COPY", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS",
             "HEAD_CHUNK", "GRADIENT_CHECKPOINTING", "CUDA_GRAPHS", "SAVE_EVERY", "KEEP_LAST", "API_THREADS", "API_TIMEOUT", "API_RETRIES",
             "API_PRICE_IN", "API_PRICE_OUT", "API_MAX_COST", "MAX_MISSING")
     sources = [Path(__file__).resolve(), Path(reward.__file__).resolve()]

@@ -74,7 +74,7 @@ SAMPLES = 4                  # sampled completions of a hand, beside the greedy 
 TEMPERATURE = 0.7
 TOP_P = 0.9
 MAX_NEW_TOKENS = 1024
-MERGED = 1                   # the rollout has its own copy of the weights, not in 4 bits and with the adapter in them: faster; 0: less memory
+ROLLOUT_COPY = 1             # the rollout has its own copy of the weights, fused and not in 4 bits: faster; 0: less memory
 CUDA_GRAPHS = 1              # on a GPU a step of the rollout is one launch instead of a thousand; 0: as it is without
 EVAL_BATCH_TOKENS = 131072   # tokens of a batch at most: lower it when memory runs out
 BOOTSTRAP = 2000             # resamples of an interval
@@ -112,7 +112,7 @@ TO_JUDGE = re.compile("[满滿]分|最高分|[评評]分|打分|分[数數]|[评
 
 
 class KVCache:
-    """Keys and values of every layer, allocated once: (rows, heads, tokens, head size). Rows can be dropped.
+    """Keys and values of every layer: (rows, heads, tokens, head size). Rows can be dropped.
 
     It stands in for the cache of transformers, whose `update` grows a new tensor for every token. New ones are written at `slots`, a
     tensor, and attention reads the first `window` tokens: so that a CUDA graph can hold a step.
@@ -159,25 +159,37 @@ class KVCache:
         return order
 
 
-def merged(linears: list, dtype: torch.dtype):
-    """A function of x, (..., in) -> (..., out of all), in `dtype`: linear layers over one input, out of their 4 bits, with their adapters in them."""
-    weights = []
+def fused(linears: list, dtype: torch.dtype):
+    """A function of x (..., in) -> (..., out of all): linear layers over one input as one, in `dtype`, out of their 4 bits.
+
+    Adapters stay beside the weights: small ones would be rounded away in bf16 ones.
+    """
+    weights, downs, ups = [], [], []
     for linear in linears:
         base = getattr(linear, "base_layer", linear)
         weight = base.weight
         if hasattr(weight, "quant_state"):
             from bitsandbytes.functional import dequantize_4bit
             weight = dequantize_4bit(weight.data, weight.quant_state)
-        for adapter in linear.active_adapters if base is not linear and not linear.disable_adapters else ():
-            weight = weight.float() + linear.get_delta_weight(adapter).float()
         weights.append(weight.to(dtype))
+        active = [] if base is linear or linear.disable_adapters else [name for name in linear.active_adapters if name in linear.lora_A]
+        downs += [linear.lora_A[name].weight for name in active]
+        ups.append(torch.cat([weight.new_zeros(len(weight), 0), *(linear.lora_B[name].weight * linear.scaling[name] for name in active)], 1))
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+    down, up = (torch.cat(downs).to(dtype), torch.block_diag(*ups).to(dtype)) if downs else (None, None)
     biases = [getattr(linear, "base_layer", linear).bias for linear in linears]
     bias = None if biases[0] is None else torch.cat(biases).to(dtype)
-    if weight.device.type == "cpu" and dtype == torch.bfloat16:       # in the layout of the matrix library a product takes half the time
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, bias, "none", [], "")
-    return lambda x: torch.nn.functional.linear(x.to(dtype), weight, bias)
+    # in the layout of the matrix library of a CPU a product takes half the time
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight) if weight.device.type == "cpu" and dtype == torch.bfloat16 else None
+    weight = weight if packed is None else None
+    linear = torch.nn.functional.linear
+
+    def forward(x):
+        x = x.to(dtype)
+        made = linear(x, weight, bias) if packed is None else torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        return made if down is None else made + linear(linear(x, down), up)
+
+    return forward
 
 
 def fast_forward(model, dtype: torch.dtype, tokens: int):
@@ -186,16 +198,20 @@ def fast_forward(model, dtype: torch.dtype, tokens: int):
     It computes what the forward pass of transformers does, in a third of the calls: projections of one input are one, weights are in the
     precision `dtype` of the products, angles of `tokens` positions are looked up, and on a CPU the attention of one token is two products.
     """
+    from peft.tuners.lora import LoraLayer
+
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if causal_lm.config.model_type not in ("llama", "qwen2", "qwen3"):
+        return None
     config, body = causal_lm.config, causal_lm.model
     parts = [x for layer in body.layers for block in (layer.self_attn, layer.mlp) for x in block.children()]
     linears = [causal_lm.lm_head, *(x for x in parts if hasattr(x, "in_features"))]
     adapted = [x for x in linears if hasattr(x, "base_layer")]
-    if not (config.model_type in ("llama", "qwen2", "qwen3") and body.rotary_emb.rope_type in ("default", "linear", "llama3", "yarn")
-            and config.hidden_act == "silu" and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    if not (body.rotary_emb.rope_type in ("default", "linear", "llama3", "yarn") and config.hidden_act == "silu"
+            and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
             and type(body.embed_tokens) is torch.nn.Embedding
             and all(type(getattr(x, "base_layer", x)).__name__ in ("Linear", "Linear4bit") for x in linears)
-            and all(hasattr(x, "get_delta_weight") and not any({**x.lora_bias, **x.lora_variant}.values()) for x in adapted)):
+            and all(isinstance(x, LoraLayer) and not any({**x.lora_bias, **x.lora_variant}.values()) for x in adapted)):
         return None
     size, kv = body.layers[0].self_attn.head_dim, config.num_key_value_heads
     heads, eps, scale, embedding = config.num_attention_heads, config.rms_norm_eps, body.layers[0].self_attn.scaling, body.embed_tokens.weight
@@ -205,9 +221,9 @@ def fast_forward(model, dtype: torch.dtype, tokens: int):
     for layer in body.layers:
         own, mlp = layer.self_attn, layer.mlp
         qk_norm = torch.cat([own.q_norm.weight.expand(heads, -1), own.k_norm.weight.expand(kv, -1)]) if hasattr(own, "q_norm") else None
-        layers.append((layer.input_layernorm.weight, merged([own.q_proj, own.k_proj, own.v_proj], dtype), qk_norm, merged([own.o_proj], dtype),
-                       layer.post_attention_layernorm.weight, merged([mlp.gate_proj, mlp.up_proj], dtype), merged([mlp.down_proj], dtype)))
-    head = merged([causal_lm.lm_head], dtype)
+        layers.append((layer.input_layernorm.weight, fused([own.q_proj, own.k_proj, own.v_proj], dtype), qk_norm, fused([own.o_proj], dtype),
+                       layer.post_attention_layernorm.weight, fused([mlp.gate_proj, mlp.up_proj], dtype), fused([mlp.down_proj], dtype)))
+    head = fused([causal_lm.lm_head], dtype)
 
     def norm(x, weight):
         return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
@@ -217,7 +233,7 @@ def fast_forward(model, dtype: torch.dtype, tokens: int):
         x, turn, turn_half = embedding[ids], cos[positions][:, :, None], sin[positions][:, :, None]
         products = ids.device.type == "cpu" and new == 1
         # the heads that share keys and values are like so many tokens
-        mask = mask[:, :, None].expand(-1, kv, heads // kv, -1, -1).flatten(2, 3)
+        mask = mask[:, :, None].expand(-1, kv if products else 1, heads // kv, -1, -1).flatten(2, 3)
         mask = mask.flatten(0, 1) if products else mask
         for index, (norm_1, qkv, qk_norm, out, norm_2, gate_up, down) in enumerate(layers):
             states = qkv(norm(x, norm_1)).view(rows, new, heads + 2 * kv, size)
@@ -262,6 +278,18 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_
     total = mass.gather(1, allowed - 1)
     choice = torch.searchsorted(mass, uniform[:, None] * total, right=True).minimum(allowed - 1)
     return tokens.gather(1, choice).flatten(), top.gather(1, choice).flatten().log(), total.flatten(), right
+
+
+def fits(work) -> bool:
+    """Does the work; False where memory ran out, and what it had taken is given back."""
+    try:
+        work()
+        return True
+    except RuntimeError as error:
+        if not no_memory(error):
+            raise
+    torch.cuda.empty_cache()            # here, where the error holds no frame and no tensor any more
+    return False
 
 
 def no_memory(error: BaseException | None) -> bool:
@@ -314,7 +342,7 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
     weights = model.get_input_embeddings().weight.dtype
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weights
     places, tokens = torch.arange(width + max_new_tokens, device=device), torch.zeros_like(rows)
-    fast = fast_forward(model, dtype, len(places)) if MERGED else None
+    fast = fast_forward(model, dtype, len(places)) if ROLLOUT_COPY else None
     # the attention of our own pass is faster in fp32 on a CPU than in bf16; that of transformers has keys and values of several kinds
     cache = KVCache(len(unique), width, places[:width], (weights if device.type == "cpu" else dtype) if fast else None)
     graph, shape, output = None, None, None
@@ -323,7 +351,8 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
         input_ids, kind = tokens[:cache.rows, None] if input_ids is None else input_ids, cache.dtype or dtype
         seen, own = places[:cache.window], padding[:cache.rows, None]
         positions = (cache.slots - own).clamp(min=0)
-        mask = ((seen < own)[:, None] | (seen > cache.slots[:, None]))[:, None].to(kind) * torch.finfo(kind).min       # (rows, 1, tokens, window)
+        hidden = (seen < own)[:, None] & (seen != cache.slots[:, None]) | (seen > cache.slots[:, None])        # padding sees itself: no NaN
+        mask = hidden[:, None].to(kind) * torch.finfo(kind).min       # (rows, 1, tokens, window)
         if fast:
             with torch.autocast(device.type, enabled=False):
                 return fast(input_ids, positions, mask, cache)
@@ -337,14 +366,13 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
         cache.slots.fill_(width + step - 1)
         cache.widen(min(-(-(width + step) // wide) * wide, len(places)))
         if device.type == "cuda" and CUDA_GRAPHS and shape != (cache.rows, cache.window):
-            graph = output = None           # rows only fall and the window only grows: it is never needed again
+            graph = output = None           # rows fall and the window grows: it is hardly ever needed again
             try:
                 graph, output = capture(forward)
                 shape = cache.rows, cache.window
             except RuntimeError as error:
-                for cause in (error, error.__context__):        # the end of a capture that ran out of memory is an error of its own
-                    if no_memory(cause):
-                        raise cause
+                if no_memory(error) or no_memory(error.__context__):        # the end of a capture that ran out is an error of its own
+                    raise torch.OutOfMemoryError(str(error)) from None
                 CUDA_GRAPHS = 0
                 tqdm.write(f"no CUDA graphs, the rollout goes on without: {str(error)[:300]}")
         if graph is None:
@@ -362,7 +390,7 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
         cache.slots = places[width - 1:width].clone()
         for start in range(0, max_new_tokens, every):
             steps = range(start, min(start + every, max_new_tokens))
-            uniform = (generator[:, steps].T if isinstance(generator, torch.Tensor) else torch.rand(
+            uniform = (generator[:count, steps].T if isinstance(generator, torch.Tensor) else torch.rand(
                 len(steps), count, generator=generator, device=generator.device if generator else device)).to(device)
             first = logits.clone() if buckets else logits       # the next replay writes over it
             for likeliest in (1024, logits.shape[-1]):
@@ -884,6 +912,7 @@ def complete(model, tokenizer, rows: list[dict], file: Path, name: str) -> list[
     They are written after each batch of EVAL_BATCH_TOKENS, and each has random numbers of its own: an evaluation that was cut off goes
     on with what the file holds. Exits where a reward fails: a rate without it would be another one.
     """
+    global ROLLOUT_COPY
     eos_ids, prompts = end_ids(model, tokenizer), [encode_prompt(tokenizer, row["prompt"]) for row in rows]
     batch = max(1, EVAL_BATCH_TOKENS // (max(map(len, prompts)) + MAX_NEW_TOKENS))
     jobs = list(range(len(rows))) + [index for index in range(len(rows)) for _ in range(SAMPLES)]
@@ -899,9 +928,18 @@ def complete(model, tokenizer, rows: list[dict], file: Path, name: str) -> list[
         if len(made) >= stop:
             continue
         numbers = torch.stack([torch.rand(MAX_NEW_TOKENS, generator=torch.Generator().manual_seed(SEED * 2**20 + i)) for i in range(start, stop)])
-        with autocast():
-            completions = rollout(model, [prompts[index] for index in jobs[start:stop]], max_new_tokens=MAX_NEW_TOKENS, top_p=TOP_P, eos_ids=eos_ids,
-                                  temperature=TEMPERATURE if start >= len(rows) else 0.0, generator=numbers)
+        completions = []
+
+        def work():
+            with autocast():
+                completions.extend(rollout(model, [prompts[index] for index in jobs[start:stop]], max_new_tokens=MAX_NEW_TOKENS, top_p=TOP_P,
+                                           eos_ids=eos_ids, temperature=TEMPERATURE if start >= len(rows) else 0.0, generator=numbers))
+
+        while not fits(work):
+            if not ROLLOUT_COPY:
+                sys.exit(f"memory runs out at {stop - start} completions at a time: lower EVAL_BATCH_TOKENS={EVAL_BATCH_TOKENS}")
+            ROLLOUT_COPY = 0
+            tqdm.write(f"memory ran out at {stop - start} completions at a time: ROLLOUT_COPY=0 from here on, which is slower")
         del made[start:]
         for index, ids in zip(jobs[start:stop], completions):
             row, text = rows[index], tokenizer.decode(ids, skip_special_tokens=True)
@@ -1345,7 +1383,7 @@ def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str
     except BlockingIOError:
         sys.exit(f"{folder}: another process works in it. Wait for its end, or set OUT= to another folder")
     # they say where and how fast, not what
-    free = ("OUT", "DATA", "SFT", "RAW", "RESUME", "STRICT", "THREADS", "ROLLOUT_ROWS", "MERGED", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS",
+    free = ("OUT", "DATA", "SFT", "RAW", "RESUME", "STRICT", "THREADS", "ROLLOUT_ROWS", "ROLLOUT_COPY", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS",
             "HEAD_CHUNK", "GRADIENT_CHECKPOINTING", "CUDA_GRAPHS", "SAVE_EVERY", "KEEP_LAST", "API_THREADS", "API_TIMEOUT", "API_RETRIES",
             "API_PRICE_IN", "API_PRICE_OUT", "API_MAX_COST", "MAX_MISSING")
     sources = [Path(__file__).resolve(), Path(reward.__file__).resolve()]

@@ -169,10 +169,10 @@ def batches(lengths: list[int], budget: int, rng: random.Random) -> list[list[in
 
 
 def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Sequences sorted by length into batches of at most `budget` tokens with their padding; a longer one stands alone."""
+    """Sequences sorted by length into batches of at most `budget` tokens with the padding of collate; a longer one stands alone."""
     made, batch = [], []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and lengths[index] * (len(batch) + 1) > budget:
+        if batch and -(-lengths[index] // 8) * 8 * (len(batch) + 1) > budget:
             made.append(batch)
             batch = []
         batch.append(index)
@@ -197,7 +197,7 @@ def collate(samples: list[tuple[list[int], int]], device) -> tuple[torch.Tensor,
 def completion_logprobs(model, input_ids: torch.Tensor, loss_mask: torch.Tensor, temperature: float = 1.0):
     """Log-probs and entropies (N,) of the N tokens input_ids[:, 1:][loss_mask] at a temperature; input_ids (B, T), right padding.
 
-    Only those N positions reach the output layer, HEAD_CHUNK at a time, and their logits are made again in the backward pass.
+    Only those N positions (in 64s) reach the output layer, HEAD_CHUNK at a time, and their logits are made again in the backward pass.
     Right padding needs no attention mask under causal attention.
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -570,7 +570,7 @@ def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str
     except BlockingIOError:
         sys.exit(f"{folder}: another process works in it. Wait for its end, or set OUT= to another folder")
     # they say where and how fast, not what
-    free = ("OUT", "DATA", "SFT", "RAW", "RESUME", "STRICT", "THREADS", "ROLLOUT_ROWS", "MERGED", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS",
+    free = ("OUT", "DATA", "SFT", "RAW", "RESUME", "STRICT", "THREADS", "ROLLOUT_ROWS", "ROLLOUT_COPY", "MICRO_BATCH_TOKENS", "EVAL_BATCH_TOKENS",
             "HEAD_CHUNK", "GRADIENT_CHECKPOINTING", "CUDA_GRAPHS", "SAVE_EVERY", "KEEP_LAST", "API_THREADS", "API_TIMEOUT", "API_RETRIES",
             "API_PRICE_IN", "API_PRICE_OUT", "API_MAX_COST", "MAX_MISSING")
     sources = [Path(__file__).resolve(), Path(reward.__file__).resolve()]

