@@ -496,15 +496,15 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
 def completion_logprobs(model, input_ids: torch.Tensor, loss_mask: torch.Tensor, temperature: float = 1.0):
     """Log-probs and entropies (N,) of the N tokens input_ids[:, 1:][loss_mask] at a temperature; input_ids (B, T), right padding.
 
-    Only those N positions (in 64s) reach the output layer, HEAD_CHUNK at a time, and their logits are made again in the backward pass.
+    Only those N positions (in 16s) reach the output layer, HEAD_CHUNK at a time, and their logits are made again in the backward pass.
     Right padding needs no attention mask under causal attention.
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden = causal_lm.model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1][loss_mask]
     targets = input_ids[:, 1:][loss_mask]
     count = len(targets)
-    hidden = torch.nn.functional.pad(hidden, (0, 0, 0, -count % 64))       # few shapes: the kernels that a CPU makes for each fill its memory
-    targets = torch.nn.functional.pad(targets, (0, -count % 64))
+    hidden = torch.nn.functional.pad(hidden, (0, 0, 0, -count % 16))       # few shapes: the kernels that a CPU makes for each fill its memory
+    targets = torch.nn.functional.pad(targets, (0, -count % 16))
 
     def of_chunk(hidden, targets):
         logprobs = torch.log_softmax(causal_lm.lm_head(hidden).float() / temperature, -1)

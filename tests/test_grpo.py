@@ -21,6 +21,7 @@ from peft import LoHaConfig, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
+import eval as evaluation
 import grpo
 import reward
 import sft
@@ -987,6 +988,24 @@ def test_a_rollout_that_runs_out_of_memory_goes_on_with_fewer_rows(monkeypatch, 
     assert sizes == [10, 10, 5, 3, 3, 3, 1, 3, 3, 3, 1] and made[0] == made[1] and len(made[0]) == 10
     told = capsys.readouterr().out
     assert told.count("memory ran out") == 3 and grpo.ROLLOUT_COPY == 0 and "ROLLOUT_COPY=0" in told.split("\n")[0]
+
+
+def test_an_evaluation_that_runs_out_of_memory_gives_up_the_copy_first(monkeypatch, tmp_path, capsys):
+    whole, tokenizer = evaluation.rollout, sft.tiny_tokenizer([WORDS])
+    model, rows = small_model(vocabulary=len(tokenizer)), [{"prompt": "1 2 3 4", "numbers": [1, 2, 3, 4]}] * 3
+
+    def scarce(model, prompts, **options):
+        if evaluation.ROLLOUT_COPY:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(model, prompts, **options)
+
+    for name, value in {"rollout": scarce, "ROLLOUT_COPY": 1, "SAMPLES": 2, "MAX_NEW_TOKENS": 5, "BF16": 0, "TASK": "game24"}.items():
+        monkeypatch.setattr(evaluation, name, value)
+    made = evaluation.complete(model, tokenizer, rows, tmp_path / "made.jsonl", "policy")
+    assert len(made) == 9 and evaluation.ROLLOUT_COPY == 0 and capsys.readouterr().out.count("ROLLOUT_COPY=0") == 1
+    monkeypatch.setattr(evaluation, "rollout", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(SystemExit, match="3 completions at a time: lower EVAL_BATCH_TOKENS"):
+        evaluation.complete(model, tokenizer, rows, tmp_path / "again.jsonl", "policy")
 
 
 @pytest.mark.parametrize("case", CASES)
