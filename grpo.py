@@ -285,7 +285,7 @@ def fast_forward(model, dtype: torch.dtype, tokens: int):
     adapted = [x for x in linears if hasattr(x, "base_layer")]
     if not (body.rotary_emb.rope_type in ("default", "linear", "llama3", "yarn") and config.hidden_act == "silu"
             and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-            and type(body.embed_tokens) is torch.nn.Embedding
+            and type(body.embed_tokens) is torch.nn.Embedding and (adapted or causal_lm is model)
             and all(type(getattr(x, "base_layer", x)).__name__ in ("Linear", "Linear4bit") for x in linears)
             and all(isinstance(x, LoraLayer) and not any({**x.lora_bias, **x.lora_variant}.values()) for x in adapted)):
         return None
