@@ -258,21 +258,23 @@ def fused(linears: list, dtype: torch.dtype):
     # in the layout of the matrix library of a CPU a product takes half the time
     packed = torch.ops.mkldnn._reorder_linear_weight(weight) if weight.device.type == "cpu" and dtype == torch.bfloat16 else None
     weight = weight if packed is None else None
-    linear = torch.nn.functional.linear
 
-    def forward(x):
+    def project(x):
         x = x.to(dtype)
-        made = linear(x, weight, bias) if packed is None else torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-        return made if down is None else made + linear(linear(x, down), up)
+        if packed is None:
+            made = torch.nn.functional.linear(x, weight, bias)
+        else:
+            made = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        return made if down is None else made + torch.nn.functional.linear(torch.nn.functional.linear(x, down), up)
 
-    return forward
+    return project
 
 
 def fast_forward(model, dtype: torch.dtype, tokens: int):
     """forward(ids (B, T), positions (B, T), mask (B, 1, T, window), cache) -> logits (B, V) of the last token; None for a model it does not know.
 
-    It computes what the forward pass of transformers does, in a third of the calls: projections of one input are one, weights are in the
-    precision `dtype` of the products, angles of `tokens` positions are looked up, and on a CPU the attention of one token is two products.
+    It computes what the forward pass of transformers does: projections of one input are one, weights are in the precision `dtype` of the
+    products, angles of `tokens` positions are looked up, and on a CPU the attention of one token is two products.
     """
     from peft.tuners.lora import LoraLayer
 
