@@ -159,6 +159,11 @@ class KVCache:
         return order
 
 
+def product(x, weight, bias=None):
+    """x (..., in) @ weight.T + bias by oneDNN, the matrix library of a CPU that knows AVX-512 and bf16 of every maker."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
 def fused(linears: list, dtype: torch.dtype):
     """A function of x (..., in) -> (..., out of all): linear layers over one input as one, in `dtype`, out of their 4 bits.
 
@@ -180,7 +185,8 @@ def fused(linears: list, dtype: torch.dtype):
     biases = [getattr(linear, "base_layer", linear).bias for linear in linears]
     bias = None if biases[0] is None else torch.cat(biases).to(dtype)
     # in the layout of the matrix library of a CPU a product takes half the time
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight) if weight.device.type == "cpu" and dtype == torch.bfloat16 else None
+    known = weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight) if known else None
     weight = weight if packed is None else None
 
     def project(x):
@@ -188,7 +194,7 @@ def fused(linears: list, dtype: torch.dtype):
         if packed is None:
             made = torch.nn.functional.linear(x, weight, bias)
         else:
-            made = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+            made = product(x, packed, bias)
         return made if down is None else made + torch.nn.functional.linear(torch.nn.functional.linear(x, down), up)
 
     return project
@@ -1304,7 +1310,7 @@ def device_name() -> str:
 
 def bf16_works() -> bool:
     """Whether BF16 is wanted and the processor has fast bf16 matrix products."""
-    return bool(BF16) and (torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(BF16) and (torch.cuda.is_available() or torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def autocast():

@@ -31,7 +31,7 @@ import time
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import numpy
 import torch
@@ -235,6 +235,11 @@ class KVCache:
         return order
 
 
+def product(x, weight, bias=None):
+    """x (..., in) @ weight.T + bias by oneDNN, the matrix library of a CPU that knows AVX-512 and bf16 of every maker."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
 def fused(linears: list, dtype: torch.dtype):
     """A function of x (..., in) -> (..., out of all): linear layers over one input as one, in `dtype`, out of their 4 bits.
 
@@ -256,7 +261,8 @@ def fused(linears: list, dtype: torch.dtype):
     biases = [getattr(linear, "base_layer", linear).bias for linear in linears]
     bias = None if biases[0] is None else torch.cat(biases).to(dtype)
     # in the layout of the matrix library of a CPU a product takes half the time
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight) if weight.device.type == "cpu" and dtype == torch.bfloat16 else None
+    known = weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight) if known else None
     weight = weight if packed is None else None
 
     def project(x):
@@ -264,7 +270,7 @@ def fused(linears: list, dtype: torch.dtype):
         if packed is None:
             made = torch.nn.functional.linear(x, weight, bias)
         else:
-            made = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+            made = product(x, packed, bias)
         return made if down is None else made + torch.nn.functional.linear(torch.nn.functional.linear(x, down), up)
 
     return project
@@ -495,6 +501,34 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
 # ---- log-probs ------------------------------------------------------------------------------------------------------
 
 
+class Product(torch.autograd.Function):
+    """`product` with a gradient. MKL, which multiplies fp32 elsewhere, uses AVX-512 on Intel's processors only: twice the time on an AMD."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x, weight), (of_x, of_weight, of_bias) = ctx.saved_tensors, ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        return (product(grad, weight.t()) if of_x else None, product(x.flatten(0, -2).t(), rows.t()).t() if of_weight else None,
+                rows.sum(0) if of_bias else None)
+
+
+def use_onednn(model) -> None:
+    """The linear layers of a model on a CPU multiply by `Product` from here on, where autocast does not make bf16 of it."""
+    def forward(self, x):
+        if torch.is_autocast_enabled("cpu") or x.dtype != torch.float32:
+            return torch.nn.functional.linear(x, self.weight, self.bias)
+        return Product.apply(x, self.weight, self.bias)
+
+    for module in model.modules():
+        if type(module) is torch.nn.Linear and module.weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+            module.forward = MethodType(forward, module)
+
+
 def completion_logprobs(model, input_ids: torch.Tensor, loss_mask: torch.Tensor, temperature: float = 1.0):
     """Log-probs and entropies (N,) of the N tokens input_ids[:, 1:][loss_mask] at a temperature; input_ids (B, T), right padding.
 
@@ -714,6 +748,8 @@ def main() -> None:
         frozen = load_model(start, trainable=True)[0].requires_grad_(False).eval()
     elif BETA and Path(start, "adapter_config.json").is_file():
         model.load_adapter(start, adapter_name="reference", is_trainable=False)
+    for policy in (model, frozen) if frozen else (model,):
+        use_onednn(policy)
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = adamw(parameters, betas=(0.9, 0.99))
@@ -949,7 +985,7 @@ def device_name() -> str:
 
 def bf16_works() -> bool:
     """Whether BF16 is wanted and the processor has fast bf16 matrix products."""
-    return bool(BF16) and (torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(BF16) and (torch.cuda.is_available() or torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def autocast():

@@ -476,7 +476,7 @@ def device_name() -> str:
 
 def bf16_works() -> bool:
     """Whether BF16 is wanted and the processor has fast bf16 matrix products."""
-    return bool(BF16) and (torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(BF16) and (torch.cuda.is_available() or torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def autocast():

@@ -722,9 +722,12 @@ def nearby(model, scale):
     return other
 
 
+@pytest.mark.parametrize("onednn", [False, True])
 @pytest.mark.parametrize("aggregate", AGGREGATES)
-def test_the_sizes_of_micro_batch_and_chunk_do_not_change_the_update(monkeypatch, aggregate):
+def test_the_sizes_of_micro_batch_and_chunk_do_not_change_the_update(monkeypatch, aggregate, onednn):
     model = small_model()
+    if onednn:
+        grpo.use_onednn(model)
     for parameter in model.parameters():        # as wide as in a real model: wider weights blow up the rounding of fp32
         parameter.data *= 0.1 if parameter.ndim == 2 else 1
     old, ref = nearby(model, 0.005), nearby(model, 0.01)
@@ -794,6 +797,38 @@ def test_a_rollout_does_not_change_the_gradient_through_4_bits(monkeypatch, poli
     roll(model, random_ids([5, 3], vocabulary=len(tokenizer)), new=4, temperature=1.0)
     after = policy_gradient(model, *batch)
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("checkpointing", [0, 1])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("weights", ["all", "adapter", "adapter beside 4 bits"])
+def test_products_by_onednn_have_the_same_gradient(monkeypatch, policy_folders, weights, family, checkpointing):
+    model, tokenizer = load(monkeypatch, policy_folders[family], LOAD_4BIT=int("4" in weights), LORA_RANK=0 if weights == "all" else 4,
+                            GRADIENT_CHECKPOINTING=checkpointing)
+    move_adapter(model)
+    batch, calls, product = policy_samples(len(tokenizer)), [], grpo.product
+    before = policy_gradient(model, *batch)
+    monkeypatch.setattr(grpo, "product", lambda *given: (calls.append(1), product(*given))[1])
+    grpo.use_onednn(model)
+    after = policy_gradient(model, *batch)
+    assert len(calls) > 2 * 7 or not torch.backends.mkldnn.is_available() or torch.cuda.is_available()
+    assert before and all(float((after[name] - before[name]).norm()) <= 1e-5 * float(before[name].norm()) for name in before)
+    assert all(gradient.stride() == dict(model.named_parameters())[name].stride() for name, gradient in after.items())
+
+
+def test_products_by_onednn_leave_bf16_and_copies_alone():
+    model = small_model()
+    batch = grpo.collate(list(zip(random_ids([14, 6, 9, 11]), [4, 2, 8, 3])), "cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        before = grpo.completion_logprobs(model, *batch)[0]
+    grpo.use_onednn(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(grpo.completion_logprobs(model, *batch)[0], before)
+    other, before = copy.deepcopy(model), grpo.completion_logprobs(model, *batch)[0]
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.zero_()
+    assert torch.equal(grpo.completion_logprobs(model, *batch)[0], before)
+    assert not torch.allclose(grpo.completion_logprobs(other, *batch)[0], before)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
