@@ -95,9 +95,9 @@ EVAL_SAMPLES = 1             # completions of a val prompt ...
 EVAL_TEMPERATURE = 0.7       # ... and how they are sampled: as in eval.py
 EVAL_TOP_P = 0.9
 BEST_BY = "accuracy"         # what the best has most of on val: accuracy or reward
-PATIENCE = 4                 # stop after so many evaluations in a row below the best
-MIN_DISTINCT = 0.0           # stop after two evaluations with distinct-2 of val, across prompts, below this share of its first value ...
+MIN_DISTINCT = 0.0           # no evaluation is the best with distinct-2 of val, across prompts, below this share of its first value ...
 MIN_DISTINCT_GROUP = 0.0     # ... or within the completions of a prompt, which share their keywords, below this one; 0: off
+PATIENCE = 4                 # stop after so many evaluations in a row that are below the best or may not be it
 SAMPLES_EVERY = 10           # steps between sample completions in samples.jsonl
 # Faults
 SAVE_EVERY = 1               # steps between checkpoints: what a power cut costs at most
@@ -108,7 +108,7 @@ SPIKE = 10.0                 # standard deviations above the mean of the last 10
 SKIP_SPIKES = 0              # ... and 1: its update is skipped
 # What a policy that began as MODEL=tiny has instead, where the command line does not say otherwise
 TINY = {"LOAD_4BIT": 0, "LORA_RANK": 0, "GRADIENT_CHECKPOINTING": 0, "OPTIMIZER_8BIT": 0, "MAX_NEW_TOKENS": 208, "PROMPTS_PER_STEP": 32, "TOP_P": 1.0,
-        "LR": 2e-4, "STEPS": 100, "ROLLOUT_ROWS": 272, "MICRO_BATCH_TOKENS": 1024, "EVAL_EVERY": 10, "EVAL_SAMPLES": 4, "PATIENCE": 6}
+        "LR": 2e-4, "STEPS": 100, "ROLLOUT_ROWS": 272, "MICRO_BATCH_TOKENS": 1536, "EVAL_EVERY": 10, "EVAL_SAMPLES": 4, "PATIENCE": 6}
 # What TASK=lyrics has instead, and a tiny model in it
 LYRICS = {"BEST_BY": "reward", "MIN_DISTINCT": 0.9, "MIN_DISTINCT_GROUP": 0.8, "EVAL_SAMPLES": 4}
 TINY_LYRICS = {"MAX_NEW_TOKENS": 320, "PROMPTS_PER_STEP": 16, "LR": 3e-4}
@@ -512,9 +512,10 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (x, weight), (of_x, of_weight, of_bias) = ctx.saved_tensors, ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
-        return (product(grad, weight.t()) if of_x else None, product(x.flatten(0, -2).t(), rows.t()).t() if of_weight else None,
-                rows.sum(0) if of_bias else None)
+        inputs, rows = x.flatten(0, -2), grad.flatten(0, -2)
+        narrow = x.shape[-1] <= grad.shape[-1]          # the first factor is copied: the smaller one
+        of_weights = product(inputs.t(), rows.t()).t() if of_weight and narrow else product(rows.t(), inputs.t()) if of_weight else None
+        return product(grad, weight.t()) if of_x else None, of_weights, rows.sum(0) if of_bias else None
 
 
 def use_onednn(model) -> None:
@@ -756,7 +757,7 @@ def main() -> None:
     generator, random_order = torch.Generator().manual_seed(SEED), random.Random(SEED)
     # all that a step leaves for the next, beside the policy, the optimizer and the random number generators
     run = SimpleNamespace(step=-1, order=[], running_mean=None, running_std=None, best=-1.0, bests=[], below=0, last=0.0, first={},
-                          faded=False, ended="", skipped=0, nonfinite=0, spikes=0, norms=[], seconds=0.0)
+                          ended="", skipped=0, nonfinite=0, spikes=0, norms=[], seconds=0.0)
     if checkpoint:
         load_checkpoint(checkpoint, folder, run, [optimizer])
         generator.set_state(run.generator)
@@ -885,15 +886,14 @@ def main() -> None:
             completions = generate(model, rows, prompts, eos_ids, tokenizer, torch.Generator().manual_seed(SEED), EVAL_TEMPERATURE, EVAL_TOP_P)
             log |= {f"val_{name}": value for name, value in summarise(completions, eos_ids, EVAL_SAMPLES).items()}
             log |= {"val_lengths": [len(ids) for ids, _, _ in completions], "val_seconds": time.time() - clock}
-            run.last = log[f"val_{BEST_BY}"]
-            run.below = 0 if run.last >= run.best else run.below + 1
-            if run.below >= PATIENCE:
-                run.ended = f"val {BEST_BY} was below its best, {run.best:.3f} at step {run.bests[-1]}, for {PATIENCE} evaluations"
             least = {"val_distinct_2": MIN_DISTINCT, "val_distinct_2_group": MIN_DISTINCT_GROUP}
-            faded = [f"{name} fell from {first:.3f} to {log[name]:.3f}, below {least[name]} of it, after an evaluation with such a fall"
-                     for name, first in run.first.items() if log[name] < least[name] * first]
-            run.ended, run.faded = run.ended or (faded[-1] if faded and run.faded else ""), bool(faded)
-            run.first = run.first or {name: log[name] for name in least if name in log}
+            faded = [f"{name} {log[name]:.3f} is below {least[name]} of {first:.3f}, its first" for name, first in run.first.items()
+                     if log[name] < least[name] * first]
+            run.first, run.last = run.first or {name: log[name] for name in least if name in log}, log[f"val_{BEST_BY}"]
+            run.below = 0 if run.last >= run.best and not faded else run.below + 1
+            if run.below >= PATIENCE:
+                best = f"none of the last {PATIENCE} evaluations could be the best, which is step {run.bests[-1]} with val {BEST_BY} {run.best:.3f}"
+                run.ended = "; ".join([best, *faded])
             if run.last > run.best and not faded:       # what lost its diversity is never the best
                 run.best, run.bests = run.last, run.bests + [step]
         run.step, run.seconds, run.generator, run.random_order = step, time.time() - began, generator.get_state(), random_order.getstate()

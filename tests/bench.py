@@ -315,7 +315,7 @@ def bench_step() -> None:
                     return parts[-1]["tokens_per_s"]
 
                 print(f"{kind} bf16={bf16} TRL by micro-batch: {trials}", file=sys.stderr, flush=True)
-                speeds = alternate(ours, lambda: trl_steps(*given, one / "trl", shape["new"], bf16, 2, best)["tokens_per_s"], rounds=3)
+                speeds = alternate(ours, lambda: trl_steps(*given, one / "trl", shape["new"], bf16, 2, best)["tokens_per_s"])
                 name = f"step_{kind}_{'bf16' if bf16 else 'fp32'}_vs_trl"
                 rows.append([f"{kind} lengths, {'bf16' if bf16 else 'fp32'} (TRL in micro-batches of {best})",
                              *(f"{statistics.median(x):,.0f}" for x in speeds), ratios(*speeds, name)])

@@ -647,10 +647,12 @@ def test_a_run_that_loses_diversity_stops_and_keeps_what_was_best(run, trained, 
     """Five times the first diversity is what no later policy has."""
     options = {"task": "lyrics", "out": tmp_path, "sft": trained / "sft", "data": trained / "data", "prompts_per_step": 2, "group_size": 4,
                "eval_samples": 2, "eval_every": 1, "max_new_tokens": 40}
-    output = done(run("grpo", **options, steps=6, **{"min_distinct": 0, "min_distinct_group": 0, bound: 5}))
+    output = done(run("grpo", **options, steps=6, patience=3, **{"min_distinct": 0, "min_distinct_group": 0, bound: 5}))
     log = read(tmp_path / "grpo/log.jsonl")
-    assert "below 5.0 of it" in output and f"stopped: val_distinct_2{bound.removeprefix('min_distinct')} fell" in output
-    assert len(log) < 7 and load(tmp_path / "grpo/summary.json")["best_step"] < max(1, log[-1]["step"])
+    assert "stopped: none of the last 3 evaluations could be the best, which is step 0" in output
+    name = f"val_distinct_2{bound.removeprefix('min_distinct')}"
+    assert f"; {name} {log[-1][name]:.3f} is below 5.0 of {log[0][name]:.3f}" in output
+    assert len(log) == 4 and load(tmp_path / "grpo/summary.json")["best_step"] == 0
     assert load(tmp_path / "grpo/manifest.json")["step"] == load(tmp_path / "grpo/summary.json")["best_step"]
 
 
