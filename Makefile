@@ -91,8 +91,9 @@ $(SFT)/summary.json: sft.py reward.py $(DATA_READY) $(call stage_ready,$(STAGES)
 endif
 $(OUT)/grpo/summary.json: grpo.py reward.py $(DATA_READY) $(SFT_READY) $(OUT)/.grpo.flags $(call anew,grpo) | .venv/ready
 	$(RUN) grpo.py $(FLAGS_grpo)
-$(EVAL)/summary.json: eval.py reward.py $(if $(POLICIES),$(DATA_READY),$(OUT)/grpo/summary.json) $(OUT)/.eval.flags $(wildcard $(HANDS)) \
-		$(call anew,eval) | .venv/ready
+# Of hands of one's own a finished run is asked as it is, whatever constants it was trained with.
+TRAINED = $(if $(POLICIES),$(DATA_READY),$(if $(and $(HANDS),$(wildcard $(OUT)/grpo/summary.json)),,$(OUT)/grpo/summary.json))
+$(EVAL)/summary.json: eval.py reward.py $(TRAINED) $(OUT)/.eval.flags $(wildcard $(HANDS)) $(call anew,eval) | .venv/ready
 	$(RUN) eval.py $(FLAGS_eval)
 
 # The four models of the report on creative text: SFT on texts and keywords; on thoughts too; the same from a reasoning model; then GRPO.

@@ -1065,7 +1065,8 @@ def main() -> None:
         sys.exit(f"numbers must be from 1 up: LOWEST={LOWEST}, HIGHEST={HIGHEST}")
     folder = Path(OUT or f"runs/{TASK}") / "data"
     inputs = {"HOLDOUT": sha256(Path(HOLDOUT))} if HOLDOUT else {"files of RAW": sha256_of_all(raw_path())} if TASK == "lyrics" else {}
-    start_run(folder, constants, inputs, "cpu")       # what was cut off is made again, but for stages that are whole
+    if header := start_run(folder, constants, inputs, "cpu"):       # what was cut off is made again, but for stages that are whole
+        new_run(folder, header)
     finish_run(folder, recipes[TASK](folder))
 
 
@@ -1075,7 +1076,7 @@ def main() -> None:
 def override_constants(argv: list[str], is_tiny=lambda given: False) -> dict:
     """Sets the CAPS constants of this file and of reward.py from `--name=value`; returns all of them.
 
-    Exits with the nearest names where there is no such constant, and with the type where a value does not fit.
+    Exits with the nearest names where there is no such constant, with the type where a value does not fit, and where it is negative.
     """
     scopes = {name: scope for scope in (vars(reward), globals()) for name, value in list(scope.items())
               if re.fullmatch("[A-Z][A-Z0-9_]*", name) and isinstance(value, (int, float, str))}
@@ -1093,6 +1094,9 @@ def override_constants(argv: list[str], is_tiny=lambda given: False) -> dict:
         near = [f"--{n.lower()}" for n in difflib.get_close_matches(name, scopes, 3, 0.5)]
         parser.exit(2, f"{Path(__file__).name}: no constant {name}" + (f"; did you mean {' or '.join(near)}?\n" if near else "; see --help\n"))
     given = {name.upper(): value for name, value in vars(known).items()}
+    for name, value in given.items():
+        if not isinstance(value, str) and not (0 if scopes[name][name] >= 0 else -math.inf) <= value < math.inf:
+            parser.exit(2, f"{Path(__file__).name}: {name} must be a number of at least 0, not {value}\n")
     kinds = [given.get("TASK", TASK)] + (["tiny", f"tiny {given.get('TASK', TASK)}"] if is_tiny(given) else [])
     for values in [sets.get(kind, {}) for kind in kinds] + [given]:
         for name, value in values.items():
@@ -1102,12 +1106,11 @@ def override_constants(argv: list[str], is_tiny=lambda given: False) -> dict:
     return {name: scope[name] for name, scope in scopes.items()}
 
 
-def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str) -> bool:
-    """Takes the run folder for this process alone; returns whether it holds a run that was cut off and can go on.
+def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str) -> dict | None:
+    """Takes the run folder for this process alone; returns the header of a new run, for new_run, or None where a cut-off one can go on.
 
-    A new run stores source, constants, versions, device and hashes of the inputs, and prints the constants. Exits with 0 where the
-    folder holds the finished run of the same constants and inputs; with the difference and the two ways out where it holds another
-    one; and where another process works in it.
+    Exits with 0 where the folder holds the finished run of the same constants and inputs; with the difference and the two ways out
+    where it holds another one; and where another process works in it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder.parent / f".{folder.name}.lock", os.O_RDWR | os.O_CREAT)      # never closed: it is held until the process ends
@@ -1140,18 +1143,25 @@ def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str
             (folder / "summary.json").touch()
             print(f"{folder} is complete: nothing to do")
             sys.exit(0)
-        return True
+        return None
+    return header
+
+
+def new_run(folder: Path, header: dict) -> None:
+    """Puts an empty run in the place of the folder, with source, constants, versions, device and hashes of the inputs; prints the constants.
+
+    Called once all that may fail at the start, such as a model that is not there, has not: an old run is not lost to a typo.
+    """
     replaced = folder.parent / f".{folder.name}.replaced"
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.is_dir():
         os.rename(folder, replaced)         # at once: half a folder would be nobody's
     folder.mkdir()
-    write_json(run, header)
-    for source in sources:
+    write_json(folder / "run.json", header)
+    for source in (__file__, reward.__file__):
         shutil.copy(source, folder)
     shutil.rmtree(replaced, ignore_errors=True)
-    print("\n".join(f"{name} = {value!r}" for name, value in constants.items()))
-    return False
+    print("\n".join(f"{name} = {value!r}" for name, value in header["constants"].items()))
 
 
 def finish_run(folder: Path, summary: dict) -> None:

@@ -84,7 +84,8 @@ WARMUP = 5                   # steps with a rising learning rate, ...
 MIN_LR = 0.1                 # ... which then falls in a line to this share of LR: late steps waver less
 WEIGHT_DECAY = 0.0
 GRAD_CLIP = 1.0              # norm of the gradient
-CLIP_LOW, CLIP_HIGH = 0.2, 0.2   # the ratio is clipped to [1 - CLIP_LOW, 1 + CLIP_HIGH]
+CLIP_LOW = 0.2               # the ratio is clipped from 1 - CLIP_LOW ...
+CLIP_HIGH = 0.2              # ... to 1 + CLIP_HIGH
 BETA = 0.01                  # weight of the KL to the reference; 0: no reference at all
 AGGREGATE = "sequence"       # mean over a completion's tokens, then completions; token: over all tokens (DAPO); constant: Dr. GRPO
 MICRO_BATCH_TOKENS = 4096    # tokens of a forward pass: halved where memory runs out, the result stays the same
@@ -700,7 +701,7 @@ def summarise(completions: list[tuple], eos_ids: list[int], group: int) -> dict[
     scores = [s for _, _, s in completions if s is not None]
     lengths = torch.tensor([float(len(ids)) for ids, _, s in completions if s is not None])
     right = torch.tensor([s["correct"] == 1 for s in scores])
-    log = {name: sum(s.get(name, 0.0) for s in scores) / len(scores) for name in scores[0]}
+    log = {name: statistics.fmean(s[name] for s in scores if name in s) for name in dict.fromkeys(name for s in scores for name in s)}
     log["no_reward"] = 1 - len(scores) / len(completions)
     log["accuracy"], log["unfinished"] = log.pop("correct"), 1 - log.pop("answered")
     log["wrong"] = 1 - log["accuracy"] - log["unfinished"]
@@ -725,9 +726,12 @@ def main() -> None:
             sys.exit(f"unknown {name} {constants[name]!r}; there is {', '.join(choices)}")
     for name in ("STEPS", "PROMPTS_PER_STEP", "MAX_NEW_TOKENS", "ROLLOUT_ROWS", "UPDATES_PER_ROLLOUT", "MICRO_BATCH_TOKENS", "HEAD_CHUNK",
                  "EVAL_EVERY", "EVAL_SAMPLES", "SAMPLES_EVERY", "PATIENCE", "SAVE_EVERY", "KEEP_LAST", "TEMPERATURE", "TOP_P", "EVAL_TOP_P",
-                 "MAX_NONFINITE"):
-        if constants[name] <= 0 or ("TOP_P" in name and constants[name] > 1):
-            sys.exit(f"{name} must be above 0{' and at most 1' if 'TOP_P' in name else ''}, not {constants[name]}")
+                 "MAX_NONFINITE", "GRAD_CLIP"):
+        if constants[name] <= 0:
+            sys.exit(f"{name} must be above 0, not {constants[name]}")
+    for name in ("TOP_P", "EVAL_TOP_P", "MOMENTUM_MIN", "MOMENTUM_MAX", "MIN_LR", "CLIP_LOW", "MAX_NO_REWARD"):
+        if constants[name] > 1:
+            sys.exit(f"{name} must be at most 1, not {constants[name]}")
     if GROUP_SIZE < 2:
         sys.exit(f"GROUP_SIZE={GROUP_SIZE}: an advantage compares completions of one prompt, 2 at least")
     if not SFT and not Path(start, "summary.json").is_file():
@@ -737,7 +741,8 @@ def main() -> None:
     if (data / "test.jsonl").is_file():
         held_out(train, read_rows(data / "test.jsonl", ("prompt",)), data / "test.jsonl")
     inputs = {path.name: sha256(path) for path in (data / "train.jsonl", data / "val.jsonl")} | use_data(data) | fingerprint("SFT", start)
-    checkpoint = newest_checkpoint(folder) if start_run(folder, constants, inputs, device_name()) else None
+    header = start_run(folder, constants, inputs, device_name())
+    checkpoint = None if header else newest_checkpoint(folder)
     set_seed(SEED)
     torch.set_num_threads(THREADS or os.cpu_count())
     model, tokenizer = load_model(str(checkpoint or start), trainable=True)
@@ -756,7 +761,7 @@ def main() -> None:
     optimizer = adamw(parameters, betas=(0.9, 0.99))
     generator, random_order = torch.Generator().manual_seed(SEED), random.Random(SEED)
     # all that a step leaves for the next, beside the policy, the optimizer and the random number generators
-    run = SimpleNamespace(step=-1, order=[], running_mean=None, running_std=None, best=-1.0, bests=[], below=0, last=0.0, first={},
+    run = SimpleNamespace(step=-1, order=[], running_mean=None, running_std=None, best=-math.inf, bests=[], below=0, last=0.0, first={},
                           ended="", skipped=0, nonfinite=0, spikes=0, norms=[], seconds=0.0)
     if checkpoint:
         load_checkpoint(checkpoint, folder, run, [optimizer])
@@ -775,6 +780,8 @@ def main() -> None:
     train = list({row["prompt"]: row for row in train}.values())       # many SFT samples may share a prompt
     train, train_ids = encode(train)
     val, val_ids = encode(val)
+    if header:
+        new_run(folder, header)
     writer = SummaryWriter(folder / "tensorboard", purge_step=run.step + 1)
     began, stop = time.time() - run.seconds, catch_signals()
 
@@ -1030,7 +1037,7 @@ def peak_memory() -> float:
 def override_constants(argv: list[str], is_tiny=lambda given: False) -> dict:
     """Sets the CAPS constants of this file and of reward.py from `--name=value`; returns all of them.
 
-    Exits with the nearest names where there is no such constant, and with the type where a value does not fit.
+    Exits with the nearest names where there is no such constant, with the type where a value does not fit, and where it is negative.
     """
     scopes = {name: scope for scope in (vars(reward), globals()) for name, value in list(scope.items())
               if re.fullmatch("[A-Z][A-Z0-9_]*", name) and isinstance(value, (int, float, str))}
@@ -1048,6 +1055,9 @@ def override_constants(argv: list[str], is_tiny=lambda given: False) -> dict:
         near = [f"--{n.lower()}" for n in difflib.get_close_matches(name, scopes, 3, 0.5)]
         parser.exit(2, f"{Path(__file__).name}: no constant {name}" + (f"; did you mean {' or '.join(near)}?\n" if near else "; see --help\n"))
     given = {name.upper(): value for name, value in vars(known).items()}
+    for name, value in given.items():
+        if not isinstance(value, str) and not (0 if scopes[name][name] >= 0 else -math.inf) <= value < math.inf:
+            parser.exit(2, f"{Path(__file__).name}: {name} must be a number of at least 0, not {value}\n")
     kinds = [given.get("TASK", TASK)] + (["tiny", f"tiny {given.get('TASK', TASK)}"] if is_tiny(given) else [])
     for values in [sets.get(kind, {}) for kind in kinds] + [given]:
         for name, value in values.items():
@@ -1066,12 +1076,11 @@ def is_tiny(given: dict) -> bool:
     return False
 
 
-def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str) -> bool:
-    """Takes the run folder for this process alone; returns whether it holds a run that was cut off and can go on.
+def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str) -> dict | None:
+    """Takes the run folder for this process alone; returns the header of a new run, for new_run, or None where a cut-off one can go on.
 
-    A new run stores source, constants, versions, device and hashes of the inputs, and prints the constants. Exits with 0 where the
-    folder holds the finished run of the same constants and inputs; with the difference and the two ways out where it holds another
-    one; and where another process works in it.
+    Exits with 0 where the folder holds the finished run of the same constants and inputs; with the difference and the two ways out
+    where it holds another one; and where another process works in it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder.parent / f".{folder.name}.lock", os.O_RDWR | os.O_CREAT)      # never closed: it is held until the process ends
@@ -1104,18 +1113,25 @@ def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str
             (folder / "summary.json").touch()
             print(f"{folder} is complete: nothing to do")
             sys.exit(0)
-        return True
+        return None
+    return header
+
+
+def new_run(folder: Path, header: dict) -> None:
+    """Puts an empty run in the place of the folder, with source, constants, versions, device and hashes of the inputs; prints the constants.
+
+    Called once all that may fail at the start, such as a model that is not there, has not: an old run is not lost to a typo.
+    """
     replaced = folder.parent / f".{folder.name}.replaced"
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.is_dir():
         os.rename(folder, replaced)         # at once: half a folder would be nobody's
     folder.mkdir()
-    write_json(run, header)
-    for source in sources:
+    write_json(folder / "run.json", header)
+    for source in (__file__, reward.__file__):
         shutil.copy(source, folder)
     shutil.rmtree(replaced, ignore_errors=True)
-    print("\n".join(f"{name} = {value!r}" for name, value in constants.items()))
-    return False
+    print("\n".join(f"{name} = {value!r}" for name, value in header["constants"].items()))
 
 
 def finish_run(folder: Path, summary: dict) -> None:
@@ -1197,6 +1213,8 @@ def fingerprint(name: str, place: str) -> dict[str, str]:
     from transformers.utils.hub import cached_file, extract_commit_hash
 
     refuse_damaged(Path(place))
+    if len(Path(place).parts) > 1 and Path(Path(place).parts[0]).is_dir() and not Path(place).is_dir():
+        sys.exit(f"{name}={place}: there is no such folder")            # and no such name on the hub: its first part is a folder here
     adapter = Path(place, "adapter_config.json")
     base = fingerprint(f"{name}/base", json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]) if adapter.is_file() else {}
     if Path(place).is_dir():

@@ -310,7 +310,8 @@ def main() -> None:
     inputs = {path.name: sha256(path) for path in (data / "train.jsonl", data / "val.jsonl")} | use_data(data)
     inputs |= (fingerprint("MODEL", base) if base else {}) | ({"VOCABULARY": sha256(Path(VOCABULARY))} if Path(VOCABULARY).is_file() else {})
     inputs |= {"MODEL": "a folder"} if Path(base or "-").is_dir() else {}       # its weights count, not its place
-    checkpoint = newest_checkpoint(folder) if start_run(folder, constants, inputs, device_name()) else None
+    header = start_run(folder, constants, inputs, device_name())
+    checkpoint = None if header else newest_checkpoint(folder)
     set_seed(SEED)
     torch.set_num_threads(THREADS or os.cpu_count())
     model, tokenizer = load_model(str(checkpoint or base), trainable=True) if checkpoint or base else new_tiny_model(train)
@@ -347,6 +348,7 @@ def main() -> None:
         load_checkpoint(checkpoint, folder, run, optimizers)
         rng.setstate(run.random_order)
     else:
+        new_run(folder, header)
         save_checkpoint(folder, run, model, tokenizer, optimizers)
     writer = SummaryWriter(folder / "tensorboard", purge_step=run.step + 1)
     model.train()
@@ -521,7 +523,7 @@ def peak_memory() -> float:
 def override_constants(argv: list[str], is_tiny=lambda given: False) -> dict:
     """Sets the CAPS constants of this file and of reward.py from `--name=value`; returns all of them.
 
-    Exits with the nearest names where there is no such constant, and with the type where a value does not fit.
+    Exits with the nearest names where there is no such constant, with the type where a value does not fit, and where it is negative.
     """
     scopes = {name: scope for scope in (vars(reward), globals()) for name, value in list(scope.items())
               if re.fullmatch("[A-Z][A-Z0-9_]*", name) and isinstance(value, (int, float, str))}
@@ -539,6 +541,9 @@ def override_constants(argv: list[str], is_tiny=lambda given: False) -> dict:
         near = [f"--{n.lower()}" for n in difflib.get_close_matches(name, scopes, 3, 0.5)]
         parser.exit(2, f"{Path(__file__).name}: no constant {name}" + (f"; did you mean {' or '.join(near)}?\n" if near else "; see --help\n"))
     given = {name.upper(): value for name, value in vars(known).items()}
+    for name, value in given.items():
+        if not isinstance(value, str) and not (0 if scopes[name][name] >= 0 else -math.inf) <= value < math.inf:
+            parser.exit(2, f"{Path(__file__).name}: {name} must be a number of at least 0, not {value}\n")
     kinds = [given.get("TASK", TASK)] + (["tiny", f"tiny {given.get('TASK', TASK)}"] if is_tiny(given) else [])
     for values in [sets.get(kind, {}) for kind in kinds] + [given]:
         for name, value in values.items():
@@ -556,12 +561,11 @@ def is_tiny(given: dict) -> bool:
     return model == "tiny" or (model == "auto" and not torch.cuda.is_available())
 
 
-def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str) -> bool:
-    """Takes the run folder for this process alone; returns whether it holds a run that was cut off and can go on.
+def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str) -> dict | None:
+    """Takes the run folder for this process alone; returns the header of a new run, for new_run, or None where a cut-off one can go on.
 
-    A new run stores source, constants, versions, device and hashes of the inputs, and prints the constants. Exits with 0 where the
-    folder holds the finished run of the same constants and inputs; with the difference and the two ways out where it holds another
-    one; and where another process works in it.
+    Exits with 0 where the folder holds the finished run of the same constants and inputs; with the difference and the two ways out
+    where it holds another one; and where another process works in it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder.parent / f".{folder.name}.lock", os.O_RDWR | os.O_CREAT)      # never closed: it is held until the process ends
@@ -594,18 +598,25 @@ def start_run(folder: Path, constants: dict, inputs: dict[str, str], device: str
             (folder / "summary.json").touch()
             print(f"{folder} is complete: nothing to do")
             sys.exit(0)
-        return True
+        return None
+    return header
+
+
+def new_run(folder: Path, header: dict) -> None:
+    """Puts an empty run in the place of the folder, with source, constants, versions, device and hashes of the inputs; prints the constants.
+
+    Called once all that may fail at the start, such as a model that is not there, has not: an old run is not lost to a typo.
+    """
     replaced = folder.parent / f".{folder.name}.replaced"
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.is_dir():
         os.rename(folder, replaced)         # at once: half a folder would be nobody's
     folder.mkdir()
-    write_json(run, header)
-    for source in sources:
+    write_json(folder / "run.json", header)
+    for source in (__file__, reward.__file__):
         shutil.copy(source, folder)
     shutil.rmtree(replaced, ignore_errors=True)
-    print("\n".join(f"{name} = {value!r}" for name, value in constants.items()))
-    return False
+    print("\n".join(f"{name} = {value!r}" for name, value in header["constants"].items()))
 
 
 def finish_run(folder: Path, summary: dict) -> None:
@@ -687,6 +698,8 @@ def fingerprint(name: str, place: str) -> dict[str, str]:
     from transformers.utils.hub import cached_file, extract_commit_hash
 
     refuse_damaged(Path(place))
+    if len(Path(place).parts) > 1 and Path(Path(place).parts[0]).is_dir() and not Path(place).is_dir():
+        sys.exit(f"{name}={place}: there is no such folder")            # and no such name on the hub: its first part is a folder here
     adapter = Path(place, "adapter_config.json")
     base = fingerprint(f"{name}/base", json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]) if adapter.is_file() else {}
     if Path(place).is_dir():

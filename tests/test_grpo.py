@@ -923,18 +923,18 @@ def test_reference_policy_is_left_after_an_error(monkeypatch, policy_folders, tm
 # ---- the loop ---------------------------------------------------------------------------------------------------------
 
 
-def run_loop(monkeypatch, folder, start, **constants):
+def run_loop(monkeypatch, folder, start, score=None, **constants):
     """Log of a short run of the whole script, with a reward that differs among the completions of a random policy."""
     folder.mkdir()
     for name, last in (("train", 4), ("val", 5)):
         rows = [{"prompt": f"{n} 2 3 {last}", "numbers": [n, 2, 3, last]} for n in range(1, 4)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
-    def score(task, text, row, truncated=False):
+    def by_words(task, text, row, truncated=False):
         words = len(text.split())
         return {"reward": words % 7 / 7, "correct": float(words % 7 > 3), "answered": float(not truncated)}
 
-    monkeypatch.setattr(reward, "score", score)
+    monkeypatch.setattr(reward, "score", score or by_words)
     monkeypatch.setattr(grpo, "catch_signals", list)         # those of pytest stay
     settings = {"SFT": start, "DATA": folder, "OUT": folder, "THREADS": 1, "BF16": 0, "STEPS": 1, "EVAL_EVERY": 1, "PROMPTS_PER_STEP": 3,
                 "GROUP_SIZE": 4, "MAX_NEW_TOKENS": 12, "TEMPERATURE": 1.5, "UPDATES_PER_ROLLOUT": 2, "WARMUP": 0, "LR": 1e-3, **constants}
@@ -1054,6 +1054,16 @@ def test_the_loop_begins_on_policy_and_at_kl_0(monkeypatch, policy_folders, tmp_
     assert first["kl"] == 0 and second["kl"] > 0
     assert first["ratio_error"] == second["ratio_error"] == 0 and first["grad_norm"] > 0
     assert max(first["sampler_error"], second["sampler_error"]) < (0.02 if torch.cuda.is_available() else 1e-4)
+
+
+def test_rewards_may_be_below_0(monkeypatch, policy_folders, tmp_path):
+    score = {"reward": -5.0, "correct": 0.0, "answered": 1.0}
+    scores = iter([score, {**score, "places": 1.0}] * 1000)
+    log = run_loop(monkeypatch, tmp_path / "run", policy_folders["qwen2"], LOAD_4BIT=0, LORA_RANK=0, BEST_BY="reward", PATIENCE=1, STEPS=3,
+                   score=lambda *_, **__: next(scores))
+    assert [entry["val_reward"] for entry in log] == [-5.0] * 4
+    assert log[1]["places"] == 1.0          # of those that have it, and not lost where the first has not
+    assert json.loads((tmp_path / "run/grpo/summary.json").read_text(encoding="utf-8"))["best_step"] == 0
 
 
 def test_sft_evaluates_without_gradients(monkeypatch, policy_folders):

@@ -185,8 +185,9 @@ def test_nohup_stays_ignored(run, base, tmp_path):
 
 def test_second_run_on_a_folder_is_refused(run, base, tmp_path):
     settings = options(base, "grpo", "fp32")
-    process = start_and_wait(run, tmp_path, "grpo", 2, before=SLOW["grpo"], **settings)
     other = Commands(tmp_path)
+    done(other("grpo", "--help"))           # its imports take longer than the run
+    process = start_and_wait(run, tmp_path, "grpo", 2, before=SLOW["grpo"], **settings)
     for resume in (0, 1):
         output = refused(other("grpo", out=tmp_path, resume=resume, **settings))
         assert f"{tmp_path}/grpo: another process works in it" in output and "OUT=" in output
@@ -456,10 +457,27 @@ def test_group_without_a_reward_and_group_with_one():
 
 @pytest.mark.parametrize("script, name, value", [("grpo", "group_size", 1), ("grpo", "keep_last", 0), ("grpo", "save_every", 0),
                                                  ("sft", "save_every", 0), ("sft", "eval_every", -1), ("grpo", "patience", 0), ("grpo", "top_p", 1.5),
-                                                 ("grpo", "max_new_tokens", 0), ("grpo", "rollout_rows", 0), ("sft", "head_chunk", 0)])
+                                                 ("grpo", "max_new_tokens", 0), ("grpo", "rollout_rows", 0), ("sft", "head_chunk", 0),
+                                                 ("grpo", "top_p", "nan"), ("grpo", "beta", -1), ("grpo", "momentum_max", 5),
+                                                 ("grpo", "grad_clip", 0), ("grpo", "threads", -1), ("sft", "lr", -1), ("sft", "seed", -1)])
 def test_constants_that_cannot_work_are_refused_at_once(run, base, tmp_path, script, name, value):
     output = refused(run(script, out=tmp_path, **options(base, script, "fp32") | {name: value}))
     assert name.upper() in output and str(value) in output and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script, fault", [("grpo", {"max_prompt_tokens": 1}), ("grpo", {"sft": "tests/no-such-folder"}), ("sft", {"max_tokens": 1}),
+                                           ("sft", {"model": "tests/no-such-folder"})])
+def test_a_run_that_cannot_begin_does_not_replace_the_old_one(run, base, undisturbed, tmp_path, script, fault):
+    shutil.copytree(undisturbed(script, "fp32"), tmp_path / script)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / script).rglob("*")}
+    refused(run(script, out=tmp_path, resume=0, **options(base, script, "fp32") | fault))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / script).rglob("*")} == before
+    assert not (tmp_path / f".{script}.replaced").exists()
+
+
+def test_a_mistyped_folder_is_no_name_of_a_hub(run, base, tmp_path):
+    output = refused(run("grpo", out=tmp_path, **options(base, "grpo", "fp32") | {"sft": base / "sfd"}))
+    assert f"SFT={base}/sfd: there is no such folder" in output
 
 
 def test_all_completions_cut_off(run, base, tmp_path):

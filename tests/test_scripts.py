@@ -454,6 +454,13 @@ def test_make_runs_again_what_resume_0_names_and_nothing_else(trained):
         assert set(planned(*unchanged, *words, OUT=trained, **TRAIN)) == expected
 
 
+def test_make_asks_a_finished_run_for_hands_whatever_it_was_trained_with(trained, tmp_path):
+    hands = write(tmp_path / "hands.txt", "1 1 11 11")
+    planned = make("-n", "eval", OUT=trained, HANDS=hands).output          # without the constants of the training
+    assert "eval.py" in planned and "grpo.py" not in planned and "sft.py" not in planned and "data_prep.py" not in planned
+    assert "grpo.py" in make("-n", "eval", OUT=tmp_path, HANDS=hands).output
+
+
 def test_make_notices_a_changed_file_of_hands_and_needs_no_run_for_other_policies(trained, tmp_path):
     hands = write(tmp_path / "hands.txt", "1 1 11 11")
     (tmp_path / "eval-hands").mkdir()
