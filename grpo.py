@@ -237,7 +237,7 @@ class KVCache:
 
 
 def product(x, weight, bias=None):
-    """x (..., in) @ weight.T + bias by oneDNN, the matrix library of a CPU that knows AVX-512 and bf16 of every maker."""
+    """x (..., in) @ weight.T + bias by oneDNN, which has fast products in fp32 and bf16 for CPUs of every maker."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -503,7 +503,7 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
 
 
 class Product(torch.autograd.Function):
-    """`product` with a gradient. MKL, which multiplies fp32 elsewhere, uses AVX-512 on Intel's processors only: twice the time on an AMD."""
+    """`product` with a gradient. MKL, which multiplies fp32 elsewhere, takes its general path on an AMD: twice the time."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -1056,8 +1056,8 @@ def override_constants(argv: list[str], is_tiny=lambda given: False) -> dict:
         parser.exit(2, f"{Path(__file__).name}: no constant {name}" + (f"; did you mean {' or '.join(near)}?\n" if near else "; see --help\n"))
     given = {name.upper(): value for name, value in vars(known).items()}
     for name, value in given.items():
-        if not isinstance(value, str) and not (0 if scopes[name][name] >= 0 else -math.inf) <= value < math.inf:
-            parser.exit(2, f"{Path(__file__).name}: {name} must be a number of at least 0, not {value}\n")
+        if not isinstance(value, str) and not (math.isfinite(value) and (value >= 0 or scopes[name][name] < 0)):
+            parser.exit(2, f"{Path(__file__).name}: {name} must be finite{', and at least 0' * (scopes[name][name] >= 0)}, not {value}\n")
     kinds = [given.get("TASK", TASK)] + (["tiny", f"tiny {given.get('TASK', TASK)}"] if is_tiny(given) else [])
     for values in [sets.get(kind, {}) for kind in kinds] + [given]:
         for name, value in values.items():
