@@ -1,6 +1,4 @@
-"""The task contract: prompt, parser and rewards. Every other script imports this file; it imports only the standard library.
-
-A whole example of the 24-point game (`python -m doctest reward.py` checks it):
+"""The tasks: prompts, parser and rewards, for all scripts. `python -m doctest reward.py` checks this example:
 
 >>> completion = '''<think>
 ... 4 10 6 5 | 10 + 4 = 14
@@ -11,119 +9,99 @@ A whole example of the 24-point game (`python -m doctest reward.py` checks it):
 ... </think>
 ... <answer> ( 5 * ( 10 - 6 ) ) + 4 </answer>'''
 >>> row = {"numbers": [4, 5, 6, 10]}
->>> round(score("game24", completion, row)["reward"], 4)     # 0.55 * 1 + 0.30 * 4/4 + 0.15 / (1 + exp(0.2 * (5 - 4 - 20)))
+>>> round(score("game24", completion, row)["reward"], 4)  # 0.55 * 1 + 0.30 * 4/4 + 0.15 / (1 + exp(0.2 * (5 - 24)))
 0.9967
->>> round(score("game24", completion.replace("6 ) ) + 4", "6 ) ) + 5"), row)["reward"], 4)     # 5 twice: the steps alone
+>>> round(score("game24", completion.replace("+ 4 <", "+ 5 <"), row)["reward"], 4)     # 5 twice: the steps alone
 0.3
 
-A line of reasoning is a step, `state | a op b = c` (the state may be left out), or it composes the answer: after a step has
-reached the target, an expression of that value with more numbers than the composing line before it. Any other line is wrong.
-
-A verse of TASK=lyrics is `<think>plan</think>《title》/line/line`. Its reward is gates x weighted parts, so that no part can be traded
-against being a text at all. Known holes, which a judge sees: keywords glued onto lines that have nothing to do with them count as covered;
-lines of common pairs of characters are fluent without sense; a copied line with one other character is no copy; of a thought the length counts.
+A line of reasoning is a step, `state | a op b = c` (the state may be left out), or, once a step has made the target, an
+expression of that value with more numbers than the one before. Lyrics, `<think>plan</think>《title》/line/line`, earn a
+product of gates times a weighted sum of parts, so that no part makes up for text that is not verse.
 """
 
+import ast
 import base64
 import json
 import math
 import re
+import sys
 import zlib
-from array import array
 from collections import Counter
+from contextlib import suppress
 from fractions import Fraction
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 
-# game24
-OUTCOME_WEIGHT = 0.55        # the total is the weighted sum of these three (report on the 24-point game)
+# game24: the total is the weighted sum of three parts (report on the 24-point game)
+OUTCOME_WEIGHT = 0.55
 PROCESS_WEIGHT = 0.30
 LENGTH_WEIGHT = 0.15
 WELL_FORMED = 0.35           # outcome of an expression over exactly the four numbers with another value
-LENGTH_NEEDS_CORRECT = 1     # 1: the length reward is paid for right answers only; 0: for every well-formed one
+LENGTH_NEEDS_CORRECT = 1     # 1: only right answers earn the length reward; 0: every well-formed one does
 MIN_STEPS = 3                # least divisor of the process reward: a solution has three steps
-MAX_EXPRESSION_CHARS = 200   # a longer expression or line is refused, which bounds the time of any input
+MAX_EXPRESSION_CHARS = 200   # longer expressions and steps are refused, which bounds the time of any input
 MAX_EXPRESSION_DEPTH = 20    # nested brackets
-MAX_LINES = 200              # lines that are read; of a reasoning each further one counts as wrong
-# lyrics: the weights of the parts sum to 1
+MAX_LINES = 200              # lines that are read; each further line of reasoning counts as wrong
+# lyrics: the weights sum to 1
 FORMAT_WEIGHT = 0.25         # one think pair, title, lines
-WINDOW_WEIGHT = 0.15         # lines, characters and thought about as long as those of the training texts
-COVERAGE_WEIGHT = 0.30       # keywords that stand in a line of their own right
+WINDOW_WEIGHT = 0.15         # number and length of the lines, and length of the thought, as in the training texts
+COVERAGE_WEIGHT = 0.30       # keywords in lines that say something about them
 RHYME_WEIGHT = 0.20
 PARALLEL_WEIGHT = 0.10       # lines as long as a neighbour
-RHYME_GOAL = 0.7             # share of rhyming lines that earns all; ABCB has a half, couplets have all
+RHYME_GOAL = 0.7             # share of rhyming lines that earns everything: ABCB has 0.5, couplets have 1
 MAX_KEYWORDS_IN_LINE = 2     # a line with more is a list of keywords ...
-MIN_OTHER_HAN = 3            # ... and one with fewer other characters says nothing of them
-LINE_HAN = 5                 # characters from which a line that is in a training text counts as copied; shorter ones are anyone's
+MIN_OTHER_HAN = 3            # ... and one with fewer other characters says nothing about them
+LINE_HAN = 5                 # a shorter line of a training text is anyone's: it does not count as copied
 PRIOR = 4.0                  # pseudo-count of the bigram probabilities
-UNSEEN = -3.0                # fluency of a pair that no training text has, at most: characters that are rare there must not pass as fluent
-FREE = "随意写一首"           # the prompt of a text without keywords
-
-OPERATORS = {"+": Fraction.__add__, "-": Fraction.__sub__, "*": Fraction.__mul__, "/": Fraction.__truediv__}
-OTHER_SIGNS = str.maketrans("×÷−＋－＊／（）＝", "*/-+-*/()=")
-VALUE = r"-?(?:0|[1-9][0-9]{0,8})(?:/[1-9][0-9]{0,8})?"       # in a step: an integer, or a fraction such as 8/3
-STEP = re.compile(rf"(?:({VALUE}(?:[ ,]+{VALUE}){{0,3}}) ?\| ?)?({VALUE}) ?([-+*/]) ?({VALUE}) ?= ?({VALUE})")
+UNSEEN = -3.0                # highest fluency of a pair that no training text has, so that rare characters do not pass
+FREE = "随意写一首"           # the prompt without keywords
 
 
 def parse_expression(text: str, target: int = 24) -> tuple[Fraction, list[int]]:
-    """Value of an arithmetic expression and its leaves in order, by one grammar for both.
+    """Value of an expression of whole numbers, + - * / and brackets, and its numbers in order; `= target` may follow.
 
-    ASCII integers without leading zeros, + - * / (also × ÷ − and full-width forms) and brackets; a trailing `= target`
-    is allowed. No unary minus, no powers, no concatenation. Raises ValueError on all else and on division by zero.
+    × ÷ − and full-width signs are read too. Raises ValueError for leading zeros, unary minus, powers and anything else.
     """
     if len(text) > MAX_EXPRESSION_CHARS:
         raise ValueError(f"expression of {len(text)} characters, at most {MAX_EXPRESSION_CHARS} are read")
-    text = re.sub(rf"\s*=\s*{target}\s*\Z", "", text.translate(OTHER_SIGNS))
-    tokens = re.findall(r"[1-9][0-9]*|\S", text) + ["the end"]
-    leaves, position = [], 0
+    text = re.sub(r"\s+", " ", text.translate(other_signs)).strip()
+    text = re.sub(f" ?= ?{target}$", "", text)
+    if not re.fullmatch("[-+*/() 0-9]+", text) or re.search(r"\b0[0-9]", text):
+        raise ValueError(f"whole numbers, + - * / and brackets expected, not {text!r}")
+    if max(accumulate((sign == "(") - (sign == ")") for sign in text)) > MAX_EXPRESSION_DEPTH:
+        raise ValueError(f"more than {MAX_EXPRESSION_DEPTH} nested brackets in {text!r}")
+    numbers = []
 
-    def take() -> str:
-        nonlocal position
-        position += 1
-        return tokens[position - 1]
+    def value(node: ast.expr) -> Fraction:
+        if isinstance(node, ast.Constant):
+            numbers.append(node.value)
+            return Fraction(node.value)
+        if isinstance(node, ast.BinOp) and type(node.op) in signs:      # ** and // are others
+            return operations[signs[type(node.op)]](value(node.left), value(node.right))
+        raise ValueError(f"{type(node).__name__} in {text!r}")
 
-    def operand(depth: int) -> Fraction:
-        token = take()
-        if token == "(" and depth < MAX_EXPRESSION_DEPTH:
-            value = terms(depth + 1)
-            if take() != ")":
-                raise ValueError(f"bracket not closed in {text!r}")
-            return value
-        if not (token.isascii() and token.isdigit()):
-            raise ValueError(f"number expected, not {token!r}, in {text!r}")
-        leaves.append(int(token))
-        return Fraction(leaves[-1])
-
-    def chain(part, operators: str, depth: int) -> Fraction:
-        value = part(depth)
-        while tokens[position] in operators:
-            operator, right = take(), part(depth)
-            if operator == "/" and right == 0:
-                raise ValueError(f"division by zero in {text!r}")
-            value = OPERATORS[operator](value, right)
-        return value
-
-    def factors(depth: int) -> Fraction:
-        return chain(operand, "*/", depth)
-
-    def terms(depth: int) -> Fraction:
-        return chain(factors, "+-", depth)
-
-    value = terms(0)
-    if take() != "the end":
-        raise ValueError(f"unexpected {tokens[position - 1]!r} in {text!r}")
-    return value, leaves
+    try:
+        return value(ast.parse(text, mode="eval").body), numbers
+    except (SyntaxError, ZeroDivisionError) as error:
+        raise ValueError(f"{error} in {text!r}") from None
 
 
-def valid_row(row: dict) -> tuple[list[int], int]:
-    """The four positive integers and the target (24 if the row has none). Raises ValueError with what is there instead."""
-    if not isinstance(row, dict):
-        raise ValueError(f"a row must be an object, not {type(row).__name__}")
+signs = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+operations = {"+": Fraction.__add__, "-": Fraction.__sub__, "*": Fraction.__mul__, "/": Fraction.__truediv__}
+other_signs = str.maketrans("×÷−＋－＊／（）＝", "*/-+-*/()=")
+# in a step: an integer, or a fraction such as 8/3; a state has up to four of them
+step_number = r"-?(?:0|[1-9][0-9]{0,8})(?:/[1-9][0-9]{0,8})?"
+step_state = rf"{step_number}(?:[ ,]+{step_number}){{0,3}}"
+step_line = re.compile(rf"(?:({step_state}) ?\| ?)?({step_number}) ?([-+*/]) ?({step_number}) ?= ?({step_number})")
+
+
+def hand_prompt(row: dict) -> str:
+    """The prompt for a row of game24. Raises ValueError unless its numbers are four, and they and a target positive."""
     numbers, target = row.get("numbers"), row.get("target", 24)
-    if not isinstance(numbers, (list, tuple)) or len(numbers) != 4 or any(type(n) is not int or n < 1 for n in numbers):
-        raise ValueError(f"numbers must be a list of four positive integers, not {numbers!r}")
-    if type(target) is not int or target < 1:
-        raise ValueError(f"target must be a positive integer, not {target!r}")
-    return numbers, target
+    four = isinstance(numbers, (list, tuple)) and len(numbers) == 4
+    if not four or any(type(number) is not int or number < 1 for number in [*numbers, target]):
+        raise ValueError(f"numbers must be a list of four positive integers, not {numbers!r} (target {target!r})")
+    return f"Make {target} from {' '.join(map(str, numbers))}"
 
 
 def length_reward(lines: int, threshold: int = 4, midpoint: int = 20, steepness: float = 0.2) -> float:
@@ -132,63 +110,59 @@ def length_reward(lines: int, threshold: int = 4, midpoint: int = 20, steepness:
 
 
 def check_steps(lines: list[str], numbers: list[int], target: int) -> tuple[int, int]:
-    """(right steps, step lines and wrong lines) of the reasoning.
+    """Number of right steps, and of all lines but those that compose the answer.
 
-    A step is right if its arithmetic holds, its operands are in a state reached before (the given numbers, or what a
-    right step made of such a state) and it repeats no earlier step. Without a state of its own a step starts from the
-    latest state that holds its operands. Composing lines count as neither.
+    A step is right if it is new, its arithmetic holds, and its operands are in a state reached before: the numbers,
+    or what a right step made of such a state. If it names no state, it starts from the latest that has its operands.
     """
-    states = {tuple(sorted(map(str, numbers))): None}     # a dict keeps the order in which they were reached
-    done, right, counted, composed = set(), 0, max(0, len(lines) - MAX_LINES), 1
+    states = {tuple(sorted(map(str, numbers))): None}     # a dict keeps them in the order in which they were reached
+    right_steps, composing, composed = set(), 0, 1
     for line in lines[:MAX_LINES]:
-        line = line.strip().translate(OTHER_SIGNS)
-        step = STEP.fullmatch(line) if len(line) <= MAX_EXPRESSION_CHARS else None
-        if step is None and (str(target),) in states and sum(map(line.count, OPERATORS)) < len(numbers):
-            try:
-                value, leaves = parse_expression(line, target)
-            except ValueError:
-                value, leaves = None, []
-            if value == target and composed < len(leaves) <= len(numbers):
-                composed = len(leaves)
-                continue
-        counted += 1
+        line = line.strip().translate(other_signs)
+        step = step_line.fullmatch(line) if len(line) <= MAX_EXPRESSION_CHARS else None
         if step is None:
+            if (str(target),) in states and sum(map(line.count, operations)) < len(numbers):
+                with suppress(ValueError):
+                    value, leaves = parse_expression(line, target)
+                    if value == target and len(leaves) > composed:
+                        composing, composed = composing + 1, len(leaves)
             continue
-        given, a, operator, b, result = step.groups()
-        a, b, result = Fraction(a), Fraction(b), Fraction(result)
-        operands = sorted((str(a), str(b)))
-        candidates = reversed(states) if given is None else [tuple(sorted(str(Fraction(v)) for v in re.split("[ ,]+", given)))]
-        state = next((s for s in candidates if s in states and all(s.count(v) >= operands.count(v) for v in operands)), None)
-        key = (state, operator, *(operands if operator in "+*" else (str(a), str(b))))
-        if state is None or key in done or (operator == "/" and b == 0) or OPERATORS[operator](a, b) != result:
+        given, left, sign, right, result = step.groups()
+        a, b, result = Fraction(left), Fraction(right), Fraction(result)
+        if (sign == "/" and b == 0) or operations[sign](a, b) != result:
             continue
-        done.add(key)
-        right += 1
-        made = list(state)
-        for value in operands:
-            made.remove(value)
-        made = tuple(sorted([*made, str(result)]))
-        states.pop(made, None)
-        states[made] = None
-    return right, counted
+        operands = [str(a), str(b)]
+        starts = reversed(states)
+        if given:
+            starts = {tuple(sorted(str(Fraction(value)) for value in re.split("[ ,]+", given)))} & states.keys()
+        starts = (state for state in starts if all(state.count(value) >= operands.count(value) for value in operands))
+        start = next(starts, None)
+        key = (start, sign, *(sorted(operands) if sign in "+*" else operands))
+        if start is None or key in right_steps:
+            continue
+        right_steps.add(key)
+        rest = Counter(start) - Counter(operands)
+        reached = tuple(sorted([*rest.elements(), str(result)]))
+        states.pop(reached, None)
+        states[reached] = None
+    return len(right_steps), len(lines) - composing
 
 
 def score_game24(completion: str, row: dict, truncated: bool) -> dict[str, float]:
     numbers, target = row["numbers"], row.get("target", 24)
     before, opened, body = completion.partition("<think>")
-    thought, closed, rest = (body if opened else completion).partition("</think>")     # a chat template may have opened it
+    thought, closed, rest = (body if opened else completion).partition("</think>")     # a chat template may open it
     lines = [line for line in thought.split("\n") if line.strip()]
     right, counted = check_steps(lines, numbers, target)
-    answered = bool(closed and "<answer>" in rest and "</answer>" in rest and not truncated)
+    answered = bool(closed) and "<answer>" in rest and "</answer>" in rest and not truncated
     answer = re.fullmatch(r"\s*<answer>([^<>]*)</answer>\s*", rest)
+    stray = re.search("<think>|</?answer>", thought) or (opened and before.strip())
     outcome = 0.0
-    if answered and answer and not re.search(r"<(think|answer)>|</answer>", thought) and not (opened and before.strip()):
-        try:
+    if answered and answer and not stray:
+        with suppress(ValueError):
             value, leaves = parse_expression(answer[1], target)
             if sorted(leaves) == sorted(numbers):
                 outcome = 1.0 if value == target else WELL_FORMED
-        except ValueError:
-            pass
     process = right / max(MIN_STEPS, counted)
     length = length_reward(len(lines)) if outcome >= (1 if LENGTH_NEEDS_CORRECT else WELL_FORMED) else 0.0
     reward = OUTCOME_WEIGHT * outcome + PROCESS_WEIGHT * process + LENGTH_WEIGHT * length
@@ -196,87 +170,82 @@ def score_game24(completion: str, row: dict, truncated: bool) -> dict[str, float
             "answered": float(answered), "steps": float(counted), "lines": float(len(lines))}
 
 
-han_range = "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"      # Chinese characters, with 々 and 〇
+han_range = "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"  # Chinese characters
 HAN = re.compile(f"[{han_range}]+")
-table = {}                   # of the training texts: rhymes, bigrams, known lines, usual lengths; use_data fills it
+table = {}      # what use_data loads: rhymes, bigrams, known lines and usual lengths of the training texts
 
 
 def use_data(task: str, folder: Path) -> None:
-    """Loads what a task's reward takes from its data folder: table.json of data_prep.py, for lyrics. Raises ValueError where it is not there."""
+    """Loads what the reward of a task takes from its data folder: for lyrics table.json. Raises ValueError."""
     if task != "lyrics":
         return
     try:
-        made = json.loads(Path(folder, "table.json").read_text(encoding="utf-8"))
-        made["finals"] = {character: final for final, characters in made["finals"].items() for character in characters}
-        made["lines"] = set(array("I", base64.b64decode(made["lines"])))
-        made["total"] = sum(made["characters"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder}/table.json, which the rewards of lyrics need, cannot be read: {str(error)[:200]}. "
-                         "`make data TASK=lyrics` makes it, once the summary.json beside it, if there is one, is removed")
-    table.clear()
-    table.update(made)
+        loaded = json.loads(Path(folder, "table.json").read_text(encoding="utf-8"))
+        loaded["finals"] = {end: final for final, characters in loaded["finals"].items() for end in characters}
+        loaded["lines"] = set(memoryview(base64.b64decode(loaded["lines"])).cast("I"))
+        loaded["total"] = sum(loaded["characters"].values())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/table.json is unusable ({error!r}): run `make data TASK=lyrics`")
+    table.update(loaded)
 
 
-def valid_keywords(row: dict) -> list[str]:
-    """The keywords of a row; none for a text that is written freely. Raises ValueError with what is there instead."""
-    keywords = row.get("keywords") if isinstance(row, dict) else None
-    if not isinstance(keywords, (list, tuple)) or len(keywords) > 10 or not all(isinstance(k, str) and HAN.search(k) for k in keywords):
-        raise ValueError(f"keywords must be a list of at most ten Chinese words, not {keywords!r}")
-    return list(keywords)
+def keywords_prompt(row: dict) -> str:
+    """The prompt for a row of lyrics. Raises ValueError unless its keywords are at most ten Chinese words, or none."""
+    words = row.get("keywords")
+    listed = isinstance(words, (list, tuple)) and len(words) <= 10
+    if not listed or not all(isinstance(word, str) and HAN.search(word) for word in words):
+        raise ValueError(f"keywords must be a list of at most ten Chinese words, not {words!r}")
+    return "，".join(words) or FREE
 
 
 def han(text: str) -> str:
-    """The Chinese characters of a text, without all else."""
     return "".join(HAN.findall(text))
 
 
 def split_verse(completion: str) -> tuple[str, str, list[str], float]:
-    """Thought, title and lines of a completion, and how much of the form it keeps: a half for the think pair, a quarter each for title and lines."""
+    """Thought, title, lines, and how much of the form is kept: 1/2 for the think pair, 1/4 each for title and lines."""
     before, opened, body = completion.partition("<think>")
-    thought, closed, rest = (body if opened else completion).partition("</think>")     # a chat template may have opened it
+    thought, closed, rest = (body if opened else completion).partition("</think>")
     if not closed:
         thought, rest = "", completion
-    title = re.match(r"\s*《([^《》/\n]{1,20})》/", rest)
-    rest = rest[title.end():] if title else rest
-    lines = [line.strip() for line in re.split(r"[/\n]", rest)][:MAX_LINES]
     pair = bool(closed and han(thought)) and not before.strip() and "<think>" not in thought
-    kept = 2 * pair + bool(title) + (len(lines) > 1 and all(map(han, lines)) and not re.search(r"[<>《》\n]", rest))
-    return thought, title[1] if title else "", [line for line in lines if line], kept / 4
-
-
-def between(value: float, zero: float, one: float) -> float:
-    """0 at `zero` and beyond, 1 at `one` and beyond, in a line between them."""
-    return min(1.0, max(0.0, (value - zero) / (one - zero)))
+    title = re.match(r"\s*《([^《》/\n]{1,20})》/", rest)
+    verse = rest[title.end():] if title else rest
+    lines = [line.strip() for line in re.split(r"[/\n]", verse)][:MAX_LINES]
+    clean = len(lines) > 1 and all(map(han, lines)) and not re.search(r"[<>《》\n]", verse)
+    return thought, title[1] if title else "", list(filter(None, lines)), pair / 2 + bool(title) / 4 + clean / 4
 
 
 def parallel_share(lines: list[str]) -> float:
-    """Share of the lines, of Chinese characters alone, that have as many as the line before or after."""
+    """Share of the lines that have as many characters as the line before or after."""
     sizes = [0, *map(len, lines), 0]
-    return sum(sizes[i] in (sizes[i - 1], sizes[i + 1]) for i in range(1, len(sizes) - 1)) / max(1, len(lines))
+    return sum(size in (before, after) for before, size, after in zip(sizes, sizes[1:], sizes[2:])) / max(1, len(lines))
 
 
 def rhyme_share(lines: list[str]) -> float:
-    """Share of the lines whose last character rhymes with that of a line at most two away, and is another character."""
-    ends = [line[-1] for line in lines]
-    finals = [table["finals"].get(end) for end in ends]
-    return sum(any(i != j and finals[i] and finals[i] == finals[j] and ends[i] != ends[j] for j in range(max(0, i - 2), min(len(ends), i + 3)))
-               for i in range(len(ends))) / max(1, len(ends))
+    """Share of the lines whose last character rhymes with another one at the end of a line at most two away."""
+    ends, rhyming = [line[-1] for line in lines], set()
+    for distance in (1, 2):
+        for i, (a, b) in enumerate(zip(ends, ends[distance:])):
+            rhyme = table["finals"].get(a)
+            if a != b and rhyme and rhyme == table["finals"].get(b):
+                rhyming |= {i, i + distance}
+    return len(rhyming) / max(1, len(lines))
 
 
 def fluency(lines: list[str]) -> float:
-    """Mean log of how much likelier a character is after the one before it than anywhere, by the bigrams of the training texts."""
-    characters, bigrams, total, gains = table["characters"], table["bigrams"], table["total"], []
-    for line in lines:
-        for a, b in zip(line, line[1:]):
-            alone = (characters.get(b, 0) + 0.5) / total
-            gain = math.log((bigrams.get(a + b, 0) / alone + PRIOR) / (characters.get(a, 0) + PRIOR))
-            gains.append(gain if a + b in bigrams else min(gain, UNSEEN))
+    """Mean log of how much likelier a character is after the one before it than anywhere, by the training texts."""
+    characters, bigrams, gains = table["characters"], table["bigrams"], []
+    for a, b in chain.from_iterable(map(pairwise, lines)):
+        anywhere = (characters.get(b, 0) + 0.5) / table["total"]
+        gain = math.log((bigrams.get(a + b, 0) / anywhere + PRIOR) / (characters.get(a, 0) + PRIOR))
+        gains.append(gain if a + b in bigrams else min(gain, UNSEEN))
     return sum(gains) / len(gains) if gains else -math.inf
 
 
 def pair_share(lines: list[str]) -> float:
-    """Share of different pairs of neighbouring characters among those of all different lines; babble such as 打打翻打打翻 has few."""
-    pairs = [line[i:i + 2] for line in dict.fromkeys(lines) for i in range(len(line) - 1)]
+    """Share of different pairs of neighbouring characters in all different lines: low for babble (打打翻打打翻)."""
+    pairs = [pair for line in dict.fromkeys(lines) for pair in pairwise(line)]
     return len(set(pairs)) / max(1, len(pairs))
 
 
@@ -286,67 +255,88 @@ def line_code(line: str) -> int:
 
 
 def known(line: str) -> bool:
-    """Whether the line is one of a training text."""
     return line_code(line) in table["lines"]
+
+
+def between(value: float, zero: float, one: float) -> float:
+    """0 at `zero` and beyond, 1 at `one` and beyond, linear in between."""
+    return min(1.0, max(0.0, (value - zero) / (one - zero)))
+
+
+def keyword_coverage(lines: list[str], keywords: list[str]) -> float:
+    """Share of the keywords in lines that say more; 0 if a line lists keywords."""
+    covered = set()
+    for line in lines:
+        present = [word for word in keywords if word in line]
+        others = len(re.sub("|".join(map(re.escape, present)), "", line))
+        if len(present) > MAX_KEYWORDS_IN_LINE or not others:
+            return 0.0
+        if others >= MIN_OTHER_HAN:
+            covered.update(present)
+    return len(covered) / max(1, len(set(keywords)))
 
 
 def score_lyrics(completion: str, row: dict, truncated: bool) -> dict[str, float]:
     if not table:
-        raise ValueError("the rewards of lyrics need a table of the training texts: call reward.use_data('lyrics', folder of the data) first")
-    keywords = valid_keywords(row)
+        raise ValueError("call reward.use_data('lyrics', folder) first: the reward needs table.json of the data")
     thought, _, lines, form = split_verse(completion)
     texts = [line for line in map(han, lines) if line]
-    distinct, joined = list(dict.fromkeys(texts)), "".join(texts)
-    count, size = len(texts), len(joined)
-    found, listed = set(), False
-    for line in texts:
-        there = [k for k in keywords if k in line]
-        others = len(re.sub("|".join(map(re.escape, there)), "", line))      # also without what repeats a keyword
-        listed |= len(there) > MAX_KEYWORDS_IN_LINE or not others
-        found.update(there if others >= MIN_OTHER_HAN else [])
-    coverage = len(found) / len(set(keywords)) if keywords and not listed else 0.0
+    distinct = list(dict.fromkeys(texts))
+    count, characters, planned = len(texts), len("".join(texts)), len(han(thought))
 
-    def window(name, value):        # 1 where most training texts lie, 0 from half the least and twice the most of them
-        low, high = table[name]
+    def window(name: str, value: float) -> float:
+        low, high = table[name]     # of most training texts
         return between(value, low / 2, low) * between(value, 2 * high, high)
 
-    planned = len(han(thought))
-    shortfall = max(table["thought_chars"][0] - planned, planned - table["thought_chars"][1], 0)
-    size_window = window("line_count", count) * window("line_chars", size / max(1, count))
+    shortest, longest = table["thought_chars"]
+    plan = length_reward(max(shortest - planned, planned - longest, 0), threshold=0) if thought else 0.0
+    size = window("line_count", count) * window("line_chars", characters / max(1, count))
     rhyming, chance = rhyme_share(texts), table["rhyme_chance"]
-    fours = [line[i:i + 4] for line in distinct for i in range(len(line) - 3)]
+    parts = {"format": form,
+             "window": (size + plan) / 2,
+             "coverage": keyword_coverage(texts, row["keywords"]),
+             "rhyme": between(rhyming, chance, max(RHYME_GOAL, chance + 0.1)),
+             "parallel": parallel_share(texts)}
     letters = sum(map(str.isalnum, "".join(lines)))
-    ends = Counter(line[-1] for line in distinct)
-    long = [line for line in distinct if len(line) >= LINE_HAN]
-    copied = sum(map(known, long)) / max(1, len(long))
-    parts = {"format": form, "window": (size_window + length_reward(shortfall, threshold=0) * bool(thought)) / 2, "coverage": coverage,
-             "rhyme": between(rhyming, chance, max(RHYME_GOAL, chance + 0.1)), "parallel": parallel_share(texts)}
-    gates = {"finished": float(not truncated and bool(texts)), "chinese": between(size / letters, 0.6, 0.9) if letters else 0.0,
-             "repetition": between(len(distinct) / count, 0.3, 0.6) * between(len(set(fours)) / len(fours), 0.5, 0.75)
-             * between(pair_share(distinct), 0.6 * table["pair_share"], 0.95 * table["pair_share"]) if fours else 0.0,
-             "fluency": between(fluency(distinct), *table["fluency"]) if size > count else 0.0,
-             "ending": between(max(ends.values()) / len(distinct), 0.8, 0.5) if len(distinct) > 1 else float(bool(distinct)),
+    fours = [line[i:i + 4] for line in distinct for i in range(len(line) - 3)]
+    different_lines = between(len(distinct) / max(1, count), 0.3, 0.6)
+    different_fours = between(len(set(fours)) / max(1, len(fours)), 0.5, 0.75)
+    different_pairs = between(pair_share(distinct), 0.6 * table["pair_share"], 0.95 * table["pair_share"])
+    commonest_end = max(Counter(line[-1] for line in distinct).values(), default=0)
+    long_lines = [line for line in distinct if len(line) >= LINE_HAN]
+    copied = sum(map(known, long_lines)) / max(1, len(long_lines))
+    gates = {"finished": float(bool(texts) and not truncated),
+             "chinese": between(characters / letters, 0.6, 0.9) if letters else 0.0,
+             "repetition": different_lines * different_fours * different_pairs,
+             "fluency": between(fluency(distinct), *table["fluency"]),
+             "ending": between(commonest_end / len(distinct), 0.8, 0.5) if len(distinct) > 1 else float(bool(distinct)),
              "original": between(copied, 0.6, 0.3)}
-    weights = {"format": FORMAT_WEIGHT, "window": WINDOW_WEIGHT, "coverage": COVERAGE_WEIGHT, "rhyme": RHYME_WEIGHT, "parallel": PARALLEL_WEIGHT}
-    reward = math.prod(gates.values()) * sum(weights[name] * value for name, value in parts.items())
+    weights = (FORMAT_WEIGHT, WINDOW_WEIGHT, COVERAGE_WEIGHT, RHYME_WEIGHT, PARALLEL_WEIGHT)
+    reward = math.prod(gates.values()) * sum(weight * part for weight, part in zip(weights, parts.values()))
     answered = form == 1 and not truncated
-    return {"reward": reward, **parts, **gates, "correct": float(answered and coverage == 1 and min(gates.values()) >= 0.5),
-            "answered": float(answered), "lines": float(count), "rhyming": rhyming, "copied": copied}
+    correct = answered and parts["coverage"] == 1 and min(gates.values()) >= 0.5
+    return {"reward": reward, **parts, **gates, "correct": float(correct), "answered": float(answered),
+            "lines": float(count), "rhyming": rhyming, "copied": copied}
 
 
-TASKS = {"game24": (valid_row, score_game24), "lyrics": (valid_keywords, score_lyrics)}      # what refuses an unusable row; what scores
+# of a task: what refuses an unusable row, here by its prompt, and what scores a completion
+TASKS = {"game24": (hand_prompt, score_game24), "lyrics": (keywords_prompt, score_lyrics)}
+
+
+def check_row(task: str, row: dict) -> None:
+    """Raises ValueError, with the reason, on a row that cannot be scored."""
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be an object, not {type(row).__name__}")
+    TASKS[task][0](row)
 
 
 def score(task: str, completion: str, row: dict, truncated: bool = False) -> dict[str, float] | None:
-    """Total reward, its parts in [0, 1] and facts of one completion; None when the row itself is unusable.
+    """Reward of a completion, its parts in [0, 1], and facts: `correct` and `answered` (0/1), counts, shares of lines.
 
-    Every task: reward, correct (0/1: a right answer), answered (0/1: any answer). game24 also: outcome, process, length; steps (lines that
-    are or should be steps), lines. lyrics also: the parts format, window, coverage, rhyme, parallel; the gates finished, chinese, repetition,
-    fluency, ending, original; lines, rhyming and copied (shares of lines); correct is every keyword covered, in full form, and every gate half
-    open. Never raises on any completion. Raises ValueError on an unknown task, and for lyrics before use_data.
+    None if the row is unusable. No completion raises; an unknown task, or lyrics before use_data, raises ValueError.
     """
     if task not in TASKS:
-        raise ValueError(f"unknown TASK {task!r}; there is {', '.join(TASKS)}")
+        raise ValueError(f"unknown TASK {task!r}, choose from {', '.join(TASKS)}")
     try:
         check_row(task, row)
     except ValueError:
@@ -354,13 +344,8 @@ def score(task: str, completion: str, row: dict, truncated: bool = False) -> dic
     return TASKS[task][1](completion if isinstance(completion, str) else "", row, truncated)
 
 
-def check_row(task: str, row: dict) -> None:
-    """Raises ValueError, with what is wrong, on a row that cannot be scored."""
-    TASKS[task][0](row)
-
-
 def identity(task: str, row: dict) -> tuple:
-    """What must not be in both training and test: the hand or the keywords in any order, a free text itself; the prompt of other tasks."""
+    """What train and test must not share: the numbers or keywords in any order, a free text, or else the prompt."""
     if task == "game24":
         return (*sorted(row["numbers"]), row.get("target", 24))
     if task == "lyrics":
@@ -369,44 +354,86 @@ def identity(task: str, row: dict) -> tuple:
 
 
 def prompt(task: str, row: dict) -> str:
-    """The text that asks for a completion of the row. Raises ValueError on a row that cannot be scored."""
-    if task == "lyrics":
-        return "，".join(valid_keywords(row)) or FREE
-    numbers, target = valid_row(row)
-    return f"Make {target} from {' '.join(map(str, numbers))}"
+    """The prompt for a row. Raises ValueError on a row that cannot be scored."""
+    return TASKS[task][0](row)
 
 
 def question(task: str, text: str) -> dict:
-    """The row of a question that a person types: four numbers, or keywords, with spaces or commas between them. Raises ValueError."""
-    words = [word for word in re.split(r"[\s,，、。！；;/]+" if task == "lyrics" else r"[\s,，、]+", text) if word]
+    """The row for typed numbers or keywords, separated by spaces or punctuation. Raises ValueError if they are none."""
+    words = re.findall(r"[^\s,，、。！；;/]+", text)
     if not words:
         raise ValueError(f"numbers or keywords must be given, not {text!r}")
-    row = {"keywords": words} if task == "lyrics" else {"numbers": [int(word) if word.isascii() and word.isdigit() else word for word in words]}
+    row = {"keywords": words}
+    if task == "game24":
+        row = {"numbers": [int(word) if re.fullmatch("[0-9]+", word) else word for word in words]}
     return {**row, "prompt": prompt(task, row)}
 
 
-def game24(prompts, completions, numbers, target=None, **kwargs) -> list[float | None]:
-    """TRL `reward_funcs`: one reward a completion; `numbers` and `target`, if any, are columns of the dataset. None leaves a row out."""
+def plain_row(row: dict) -> dict:
+    """A row of a Dataset or pandas: arrays become lists, a target of 24.0 is 24, and None or NaN is no target."""
+    row = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
+    target = row.pop("target", None)
+    if isinstance(target, float) and target.is_integer():
+        target = int(target)
+    return row if target is None or target != target else {**row, "target": target}
+
+
+def trl_rewards(task: str, completions: list, rows: list[dict]) -> list[float | None]:
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    rows = zip(texts, numbers, target or [24] * len(texts), strict=True)
-    scores = [score("game24", text, {"numbers": hand, "target": goal}) for text, hand, goal in rows]
-    return [s and s["reward"] for s in scores]
+    scores = [score(task, text, plain_row(row)) for text, row in zip(texts, rows, strict=True)]
+    return [parts and parts["reward"] for parts in scores]
+
+
+def game24(prompts, completions, numbers, target=None, **kwargs) -> list[float | None]:
+    """TRL `reward_funcs`: one reward a completion, None for an unusable row; `numbers` and `target` are columns."""
+    targets = [None] * len(completions) if target is None else target
+    rows = [{"numbers": hand, "target": goal} for hand, goal in zip(numbers, targets, strict=True)]
+    return trl_rewards("game24", completions, rows)
 
 
 def lyrics(prompts, completions, keywords, **kwargs) -> list[float | None]:
-    """TRL `reward_funcs` like game24, after use_data; `keywords` is a column of the dataset."""
-    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    scores = [score("lyrics", text, {"keywords": words}) for text, words in zip(texts, keywords, strict=True)]
-    return [s and s["reward"] for s in scores]
+    """TRL `reward_funcs` like game24, after use_data; `keywords` is a column."""
+    return trl_rewards("lyrics", completions, [{"keywords": words} for words in keywords])
 
 
-def compute_score(data_source, solution_str, ground_truth, extra_info=None) -> float:
-    """verl custom reward: `data_source` is the task; `ground_truth` the row, its numbers or its keywords, as an object or as JSON.
+def compute_score(data_source, solution_str, ground_truth, extra_info=None) -> dict[str, float]:
+    """verl custom reward: "score" is the reward, "acc" is `correct` or, for lyrics, the reward; then the parts.
 
-    Raises ValueError on a ground truth that cannot be scored.
+    `data_source` is the task; `ground_truth` is a row, or its numbers or keywords, or JSON. ValueError if unusable.
     """
     truth = json.loads(ground_truth) if isinstance(ground_truth, str) else ground_truth
-    scores = score(data_source, solution_str, truth if isinstance(truth, dict) else {"keywords" if data_source == "lyrics" else "numbers": truth})
-    if scores is None:
-        raise ValueError(f"unusable ground_truth {ground_truth!r}: four positive integers, or for lyrics keywords, are expected")
-    return scores["reward"]
+    row = truth if isinstance(truth, dict) else {"keywords" if data_source == "lyrics" else "numbers": truth}
+    parts = score(data_source, solution_str, plain_row(row))
+    if parts is None:
+        raise ValueError(f"ground_truth must be four positive integers, or for lyrics keywords, not {ground_truth!r}")
+    total = parts.pop("reward")
+    return {"score": total, "acc": total if data_source == "lyrics" else parts["correct"], **parts}
+
+
+def read_rows(task: str, path: Path, *needs: str) -> list[dict]:
+    """Rows of a jsonl file, each with the named text fields. Exits with file, line and reason at a bad one."""
+    if not path.is_file():
+        sys.exit(f"{path} is missing: run `make data`, or set DATA= to a folder that has it")
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        try:
+            row = json.loads(line.decode("utf-8-sig")) if line.strip() else None
+            if row is None:
+                continue
+            check_row(task, row)
+            for name in needs:
+                if not isinstance(row.get(name), str) or not row[name]:
+                    raise ValueError(f"{name!r} must be a text, not {row.get(name)!r}")
+        except ValueError as error:
+            sys.exit(f"{path}:{number}: {error}")
+        rows.append(row)
+    return rows or sys.exit(f"{path} is empty: run `make data`")
+
+
+def refuse_overlap(task: str, train: list[dict], held_out: list[dict], path: Path) -> None:
+    """Exits if rows of a file that is measured on are trained on."""
+    trained_on = {identity(task, row) for row in train}
+    shared = [row["prompt"] for row in held_out if identity(task, row) in trained_on]
+    if shared:
+        sys.exit(f"{len(shared)} of {len(held_out)} rows of {path} are in train.jsonl too, such as {shared[0]!r}: what "
+                 "is measured on them says nothing. Make data that holds them out")

@@ -11,5 +11,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # tests import 
 def run(tmp_path_factory):
     commands = Commands(tmp_path_factory.mktemp("commands"))
     yield commands
-    commands.server.stdin.close()
-    commands.server.wait()
+    commands.close()

@@ -1,22 +1,16 @@
-"""Synthetic raw texts with planted defects and duplicates, for the tests and for measuring the text half of the data preparation.
-
-    python tests/raw_texts.py make raw.jsonl 100000         # texts with the truth beside each
-    python tests/raw_texts.py check raw.jsonl FOLDER        # of clean.jsonl, unique.jsonl, keywords.jsonl, funnel.json made of it
-"""
+"""Synthetic raw texts with known defects and duplicates, for the tests of the text half of data_prep.py."""
 
 import html
-import json
 import random
 import re
-import sys
-from collections import Counter, deque
 from collections.abc import Iterator
-from pathlib import Path
 
 import opencc
 
-EXACT, NEAR, FOREIGN = 0.08, 0.08, 0.05         # shares of all texts; the others are unique
-TO_TRADITIONAL, TO_SIMPLIFIED = (opencc.OpenCC(name).convert for name in ("s2t", "t2s"))
+EXACT = 0.08         # shares of all texts; the others are unique
+NEAR = 0.08
+FOREIGN = 0.05
+to_traditional, to_simplified = (opencc.OpenCC(name).convert for name in ("s2t", "t2s"))
 
 
 def pairs(text: str) -> list[str]:
@@ -24,41 +18,30 @@ def pairs(text: str) -> list[str]:
     return [text[i:i + 2] for i in range(0, len(text), 2)]
 
 
-NOUNS = pairs("月光星空海浪春风秋雨白云青山河流森林草原沙漠故乡村庄城市街道灯火窗户烟火酒杯书信日记照片镜子钥匙雨伞围巾外套毛衣"
-              "吉他钢琴歌声旋律舞步掌声眼泪笑容目光身影脚步心跳呼吸梦境记忆誓言秘密谎言承诺约定孤独寂寞温柔悲伤快乐幸福自由勇气"
-              "青春岁月时光年华童年命运缘分爱情友情火车轮船飞机站台码头桥梁灯塔帆船风筝气球蝴蝶蜻蜓燕子海鸥鸽子老鹰鲸鱼骏马羊群"
-              "玫瑰百合樱花茉莉荷叶枫叶种子麦田稻谷葡萄苹果橘子柠檬咖啡清茶糖果蜂蜜面包雪花冰川火焰闪电彩虹雾气露珠尘埃石头珍珠"
-              "黄金宝石铁轨围墙屋顶阳台花园篱笆池塘溪水瀑布")
-VERBS = pairs("追逐寻找等待拥抱亲吻告别离开归来流浪漂泊飞翔奔跑行走停留守护珍惜忘记想念回忆期待渴望相信怀疑原谅伤害拯救点燃熄灭"
-              "照亮遮住打开关闭穿过越过跨过翻过听见看见遇见梦见带走留下藏起收集洒落飘落坠落升起燃烧融化冻结破碎缝补编织描绘书写"
-              "歌唱呼唤诉说沉默倾听颤抖摇晃旋转跳跃沉睡醒来哭泣微笑挥手回头转身靠近远离触摸握紧放开敲打推开抛弃拾起")
-ADJECTIVES = pairs("温暖寒冷明亮黑暗遥远漫长短暂永恒美丽平凡安静喧闹柔软坚硬轻盈沉重甜蜜苦涩透明模糊清晰陌生熟悉古老年轻疲惫倔强脆弱"
-                   "坚强善良骄傲卑微灿烂荒凉辽阔狭窄潮湿干净破旧崭新金色银色蓝色红色绿色灰色紫色粉红洁白漆黑朦胧宁静匆忙缓慢勇敢胆怯"
-                   "真实虚假圆满残缺")
-PLACES = pairs("江南塞北东海西湖北方南方天边海边河边山顶山谷路口巷口门前窗前楼上岸上心底心间梦里雨中雪中风中夜里人间世界远方对岸"
-               "角落草地沙滩田野桥头村口城外车站")
-TIMES = pairs("清晨黄昏午夜黎明傍晚昨天今天明天去年今年来年春天夏天秋天冬天初春盛夏深秋寒冬从前如今往后一生此刻瞬间")
-TEMPLATES = ("{t}{v}{a}的{n}", "{a}的{n}{v}着{n}", "{n}在{p}{v}{a}的{n}", "我在{p}{v}{n}和{n}", "你{v}了{a}的{n}", "{p}的{n}那么{a}",
-             "{t}我{v}{a}{n}", "让{n}{v}{p}的{n}", "谁在{t}{v}{n}", "{n}也会{v}成{n}", "{a}又{a}的{n}啊", "把{n}{v}在{p}",
-             "不再{v}那{a}{n}", "{v}过{p}{v}过{n}", "我为你{v}{n}，你为我{v}{n}")
-NAMES = [a + b for a in "张王李赵陈林周吴郑黄" for b in ("小明", "晓雨", "一鸣", "子墨", "天宇", "若溪")]
-CREDITS = ("作词：{}", "作曲：{}", "词曲：{}", "编曲:{}", "演唱：{}", "词/曲：{}", "作词/作曲：{}", "词、曲：{}", "混音师：{}",
-           "制作人：{}", "吉他：{}", "和声：{}", "OP：{}音乐", "SP：{}文化", "监制：{}", "录音室：{}录音棚", "出品：{}工作室",
-           "作词：{} 作曲：{}", "Lyrics by: {}")
-NOTES = ("来源：网络", "歌词来自：千千歌词", "更多歌词请访问 http://lyrics.example.com", "www.example.com", "QQ群：12345678",
-         "微信公众号：好歌词", "转载请注明出处", "未经许可，不得转载", "返回顶部", "上一首 下一首", "收藏 分享 打印", "本文由歌词网整理")
-FOREIGN_TEXTS = {
-    "english": ("the rain is falling on the old stone bridge", "and I keep walking through the silent town",
-                "tell me why the morning never comes", "you left a letter on the wooden floor",
-                "oh baby let me hold your hand again"),
-    "japanese": ("雨が降る夜に君を思い出す", "遠い空の下で歌っている", "花が咲く季節にまた会おう", "涙の海を越えて行こう", "僕らの夢は終わらない"),
-    "korean": ("비가 내리는 밤에 너를 생각해", "먼 하늘 아래에서 노래를 부른다",
-               "꽃이 피는 계절에 다시 만나자", "우리의 꿈은 끝나지 않아", "바람이 분다"),
-    "russian": ("идёт дождь над старым мостом", "и я иду по тихому городу",
-                "скажи почему не приходит утро", "ты оставила письмо на полу", "возьми меня за руку"),
-    "code": ("for (int i = 0; i < n; ++i) { sum += a[i]; }", "def main(args): return args",
-             "if (x == null) throw new Error('missing');", "import os, sys  # 读取文件", "print(f'{value:.2f}')"),
+WORDS = {
+    "n": pairs("月光星空海浪春风秋雨白云青山河流森林草原沙漠故乡村庄城市街道灯火窗户烟火酒杯书信日记照片镜子钥匙雨伞"
+               "外套毛衣吉他钢琴歌声旋律舞步掌声眼泪笑容目光身影脚步心跳呼吸梦境记忆誓言秘密谎言承诺约定孤独寂寞温柔悲伤"
+               "快乐幸福自由勇气青春岁月时光年华童年命运缘分爱情友情火车轮船飞机站台码头桥梁灯塔帆船风筝气球蝴蝶蜻蜓燕子"
+               "海鸥鸽子老鹰鲸鱼骏马羊群玫瑰百合樱花茉莉荷叶枫叶种子麦田稻谷葡萄苹果橘子柠檬咖啡清茶糖果蜂蜜面包雪花"),
+    "v": pairs("追逐寻找等待拥抱亲吻告别离开归来流浪漂泊飞翔奔跑行走停留守护珍惜忘记想念回忆期待渴望相信怀疑原谅伤害"
+               "拯救点燃熄灭照亮遮住打开关闭穿过越过跨过翻过听见看见遇见梦见带走留下藏起收集洒落飘落坠落升起燃烧融化"),
+    "a": pairs("温暖寒冷明亮黑暗遥远漫长短暂永恒美丽平凡安静喧闹柔软坚硬轻盈沉重甜蜜苦涩透明模糊清晰陌生熟悉古老年轻"),
+    "p": pairs("江南塞北东海西湖北方南方天边海边河边山顶山谷路口巷口门前窗前楼上岸上心底心间梦里雨中雪中风中夜里"),
+    "t": pairs("清晨黄昏午夜黎明傍晚昨天今天明天去年今年来年春天夏天秋天冬天初春盛夏深秋寒冬从前如今往后一生此刻瞬间"),
 }
+TEMPLATES = ("{t}{v}{a}的{n}", "{a}的{n}{v}着{n}", "{n}在{p}{v}{a}的{n}", "我在{p}{v}{n}和{n}", "你{v}了{a}的{n}",
+             "{p}的{n}那么{a}", "{t}我{v}{a}{n}", "让{n}{v}{p}的{n}", "谁在{t}{v}{n}", "{n}也会{v}成{n}",
+             "{a}又{a}的{n}啊", "把{n}{v}在{p}", "不再{v}那{a}{n}", "{v}过{p}{v}过{n}", "我为你{v}{n}，你为我{v}{n}")
+CREDITS = ("作词：张小明", "词曲：李晓雨", "编曲:王一鸣", "演唱：赵子墨", "词/曲：陈天宇", "作词/作曲：林若溪",
+           "混音师：周小明", "制作人：吴晓雨", "吉他：郑一鸣", "和声：黄子墨", "OP：天宇音乐", "监制：若溪",
+           "录音室：长安录音棚", "出品：江南工作室", "Lyrics by: Li Bai")
+NOTES = ("来源：网络", "歌词来自：千千歌词", "更多歌词请访问 http://lyrics.example.com", "www.example.com",
+         "QQ群：12345678", "微信公众号：好歌词", "转载请注明出处", "不得转载", "上一首 下一首", "收藏 分享 打印")
+FOREIGN_TEXTS = ("the rain is falling on the old stone bridge\nand I keep walking through the silent town",
+                 "雨が降る夜に君を思い出す\n遠い空の下で歌っている\n花が咲く季節にまた会おう",
+                 "비가 내리는 밤에 너를 생각해\n먼 하늘 아래에서 노래를 부른다",
+                 "идёт дождь над старым мостом\nи я иду по тихому городу",
+                 "for (int i = 0; i < n; ++i) { sum += a[i]; }\nimport os, sys  # 读取文件")
 
 
 def han(text: str) -> str:
@@ -66,9 +49,8 @@ def han(text: str) -> str:
 
 
 def write_lines(rng: random.Random) -> list[str]:
-    """A text of about 200 characters: lines over a few words of its own, so that no two texts share three by chance."""
-    words = {"n": rng.sample(NOUNS, 10), "v": rng.sample(VERBS, 7), "a": rng.sample(ADJECTIVES, 5),
-             "p": rng.sample(PLACES, 3), "t": rng.sample(TIMES, 3)}
+    """About 20 lines over a few words, so that no two texts share three lines by chance."""
+    words = {kind: rng.sample(WORDS[kind], count) for kind, count in zip("nvapt", (10, 7, 5, 3, 3))}
     lines = {}
     for _ in range(rng.randint(17, 26)):
         line = re.sub("{(.)}", lambda slot: rng.choice(words[slot[1]]), rng.choice(TEMPLATES))
@@ -77,10 +59,9 @@ def write_lines(rng: random.Random) -> list[str]:
 
 
 def edit_lines(lines: list[str], rng: random.Random) -> list[str]:
-    """A near-duplicate: up to a fifth of the lines each changed, dropped and added, half of them in another order."""
-    lines = [line for line in lines if rng.random() > 0.2 * rng.random()]
+    """A near-duplicate: some lines changed, dropped and added, half of the texts in another order."""
     other = write_lines(rng)
-    lines = [rng.choice(other) if rng.random() < 0.2 * rng.random() else line for line in lines]
+    lines = [rng.choice(other) if rng.random() < 0.1 else line for line in lines if rng.random() > 0.1]
     for _ in range(rng.randint(1, 4)):
         lines.insert(rng.randint(0, len(lines)), rng.choice(other))
     if rng.random() < 0.5:
@@ -89,127 +70,74 @@ def edit_lines(lines: list[str], rng: random.Random) -> list[str]:
 
 
 def as_lrc(lines: list[str], rng: random.Random) -> str:
-    """Stamps, tags, here and there a chorus line with several stamps or word stamps."""
-    out, seconds = [f"[ti:{rng.choice(NOUNS)}]", f"[ar:{rng.choice(NAMES)}]", "[by:someone]", "[offset:0]"], 5.0
+    """With tags and time stamps; some lines are sung twice, some have the times of their words."""
+    out, seconds = ["[ti:歌]", "[ar:张小明]", "[by:someone]", "[offset:0]"], 5.0
     for line in lines:
         seconds += rng.uniform(2, 6)
-        form = rng.choice(("[{:02d}:{:05.2f}]", "[{:02d}:{:06.3f}]"))
-        stamp = form.format(int(seconds // 60), seconds % 60)
+        stamp = f"[{int(seconds // 60):02d}:{seconds % 60:05.2f}]"
         if rng.random() < 0.1:
-            stamp += form.format(int(seconds // 60) + 4, seconds % 60)
+            line = "".join(f"<00:{i:05.2f}>{line[i:i + 2]}" for i in range(0, len(line), 2))
         if rng.random() < 0.1:
-            line = "".join(f"<{int(seconds // 60):02d}:{seconds % 60:05.2f}>{line[i:i + 2]}" for i in range(0, len(line), 2))
+            stamp += f"[{int(seconds // 60) + 4:02d}:{seconds % 60:05.2f}]"
         out.append(stamp + rng.choice(("", " ")) + line)
     return "\n".join(out)
 
 
 def as_html(text: str, rng: random.Random) -> str:
-    lines = text.split("\n")
+    body = "\n".join(f'<p class="lyric">{html.escape(line)}</p>' for line in text.split("\n"))
     if rng.random() < 0.5:
-        body = rng.choice(("<br>", "<br/>\n", "<BR />")).join(html.escape(line) for line in lines)
-    else:
-        body = "\n".join(f'<p class="lyric">{html.escape(line)}</p>' for line in lines)
+        body = html.escape(text).replace("\n", rng.choice(("<br>", "<br/>\n", "<BR />")))
     body = body.replace("，", rng.choice(("，", "&#65292;"))) + "&nbsp;"
     head = "<head><title>歌词</title><style>p { color: red }</style></head>"
-    return f"<html>{head}<body><script>var a = '歌词' < 1;</script><!-- 广告 --><div id=\"c\">{body}</div></body></html>"
-
-
-def as_broken(lines: list[str], rng: random.Random) -> str:
-    """One or two characters a line."""
-    text, out = "".join(lines), []
-    while text:
-        size = rng.choice((1, 1, 2))
-        out.append(text[:size])
-        text = text[size:]
-    return "\n".join(out)
+    return f"<html>{head}<body><script>var a = '歌词' < 1;</script><!-- 广告 --><div>{body}</div></body></html>"
 
 
 def as_odd(text: str, rng: random.Random) -> str:
     """Invisible characters, odd breaks, wide forms."""
-    out = "".join(c + (rng.choice("\u200b\ufeff\u00ad\u202a\ue123\x07") if rng.random() < 0.05 else "") for c in text)
-    return out.replace("\n", rng.choice(("\r\n", "\u2028", "\\n", "\n\n\n\n\n", "\r"))).replace("，", rng.choice(("，", ",", "﹐", " ，")))
+    text = "".join(c + (rng.choice("\u200b\ufeff\u00ad\u202a\ue123\x07") if rng.random() < 0.05 else "") for c in text)
+    text = text.replace("\n", rng.choice(("\r\n", "\u2028", "\\n", "\n\n\n\n\n", "\r")))
+    return text.replace("，", rng.choice(("，", ",", "﹐", " ，")))
 
 
-def spoil(lines: list[str], rng: random.Random) -> tuple[str, list[str], str]:
-    """A raw text that holds these lines, the names of its defects, and the lines as they are to be recovered."""
+def spoil(lines: list[str], rng: random.Random) -> str:
+    """A raw text that holds these lines."""
+    kind = rng.random()
+    if kind < 0.4:
+        return "\n".join(lines)
+    if kind < 0.46:
+        return re.sub("(..?)", r"\1\n", "".join(lines))
+    if kind < 0.5:
+        return "\n".join(" ".join(re.sub("[，。！？]", "", line)) for line in lines)
+    if rng.random() < 0.15:         # two lines in one, with a space for punctuation
+        ends = [line[:-1] for line in lines]
+        lines = [rng.choice((" ", "，", "　")).join(ends[i:i + 2]) for i in range(0, len(ends), 2)]
     if rng.random() < 0.4:
-        return "\n".join(lines), [], "".join(lines)
-    if rng.random() < 0.1:
-        return as_broken(lines, rng), ["broken"], "".join(lines)
-    if rng.random() < 0.05:
-        return "\n".join(" ".join(re.sub("[，。！？]", "", line)) for line in lines), ["spaced"], "".join(lines)
-    defects, body = [], list(lines)
-    if rng.random() < 0.15:         # another layout: a space for punctuation, or two lines in one
-        defects.append("layout")
-        ends = [line[:-1] for line in body]
-        body = [rng.choice((" ", "，", "　")).join(ends[i:i + 2]) for i in range(0, len(ends), 2)]
-    if rng.random() < 0.4:
-        defects.append("credits")
-        body = [rng.choice(CREDITS).format(rng.choice(NAMES), rng.choice(NAMES)) for _ in range(rng.randint(1, 5))] + body
+        lines = rng.sample(CREDITS, rng.randint(1, 5)) + lines
     if rng.random() < 0.3:
-        defects.append("notes")
-        body = body + rng.sample(NOTES, rng.randint(1, 3))
-    text = "\n".join(body)
+        lines = lines + rng.sample(NOTES, rng.randint(1, 3))
+    text = "\n".join(lines)
+    if rng.random() < 0.3 and to_simplified(to_traditional(text)) == text:
+        text = to_traditional(text)
     if rng.random() < 0.3:
-        defects.append("traditional")
-        text = TO_TRADITIONAL(text)
-        if TO_SIMPLIFIED(text) != "\n".join(body):
-            defects.pop()
-            text = "\n".join(body)
-    if rng.random() < 0.3:
-        defects.append("lrc")
         text = as_lrc(text.split("\n"), rng)
     elif rng.random() < 0.3:
-        defects.append("html")
         text = as_html(text, rng)
-    if rng.random() < 0.2:
-        defects.append("odd")
-        text = as_odd(text, rng)
-    return text, defects, "".join(lines)
+    return as_odd(text, rng) if rng.random() < 0.2 else text
 
 
-def generate(count: int, seed: int) -> Iterator[tuple[str, dict]]:
-    """Raw texts with what is true of them: {"kind": unique, exact, near or a language, "of": index of the original, "defects", "han"}."""
-    rng, recent = random.Random(seed), deque(maxlen=2000)
-    for index in range(count):
-        kind, of = rng.random(), None
-        if kind < FOREIGN:
-            kind = rng.choice(list(FOREIGN_TEXTS))
-            yield "\n".join(rng.choice(FOREIGN_TEXTS[kind]) for _ in range(rng.randint(5, 20))), {"kind": kind, "of": None, "defects": [], "han": ""}
+def generate(count: int, seed: int) -> Iterator[tuple[str, str, str]]:
+    """(raw text, kind: unique, exact, near or foreign, the Han characters that are to be recovered)."""
+    rng, originals = random.Random(seed), []
+    for _ in range(count):
+        draw = rng.random()
+        if draw < FOREIGN:
+            yield rng.choice(FOREIGN_TEXTS), "foreign", ""
             continue
-        if kind < FOREIGN + EXACT + NEAR and recent:
-            kind = "exact" if kind < FOREIGN + EXACT else "near"
-            of, lines = rng.choice(recent)
-            lines = lines if kind == "exact" else edit_lines(lines, rng)
+        kind, lines = "unique", write_lines(rng)
+        if draw < FOREIGN + EXACT + NEAR and originals:
+            kind, lines = "exact", rng.choice(originals)
+            if draw > FOREIGN + EXACT:
+                kind, lines = "near", edit_lines(lines, rng)
         else:
-            kind, lines = "unique", write_lines(rng)
-            recent.append((index, lines))
-        text, defects, right = spoil(lines, rng)
-        yield text, {"kind": kind, "of": of, "defects": defects, "han": han(right)}
-
-
-def check(raw: Path, folder: Path) -> dict:
-    """What the pipeline made of generated texts: recall, lost texts, share recovered, and its times."""
-    rows = {stage: {int(row["source"].rpartition(":")[2]): row for row in map(json.loads, open(folder / f"{stage}.jsonl", encoding="utf-8"))}
-            for stage in ("clean", "unique", "keywords")}
-    truths = {number: json.loads(line)["truth"] for number, line in enumerate(open(raw, encoding="utf-8"), 1)}
-    kinds = {kind: [n for n, truth in truths.items() if truth["kind"] == kind] for kind in {truth["kind"] for truth in truths.values()}}
-    recovered = {n: n in rows["clean"] and han(rows["clean"][n]["text"]) == truth["han"] for n, truth in truths.items() if truth["han"]}
-    spoiled = [n for n in recovered if truths[n]["defects"]]
-    wrong = Counter(" ".join(truths[n]["defects"]) for n, right in recovered.items() if not right)
-    return {"texts": len(truths), "recovered": sum(recovered[n] for n in spoiled) / max(len(spoiled), 1),
-            "recovered of all": sum(recovered.values()) / len(recovered), "not recovered": dict(wrong.most_common(8)),
-            "foreign kept": sum(n in rows["clean"] for kind in FOREIGN_TEXTS for n in kinds.get(kind, [])),
-            **{f"recall {kind}": sum(n not in rows["unique"] for n in kinds[kind]) / len(kinds[kind]) for kind in ("exact", "near")},
-            "unique lost": sum(n not in rows["unique"] for n in kinds["unique"]),
-            "with keywords": len(rows["keywords"]) / len(rows["unique"]),
-            "seconds": {name: stage["seconds"] for name, stage in json.loads((folder / "funnel.json").read_text()).items()}}
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "make":
-        with open(sys.argv[2], "w", encoding="utf-8") as file:
-            for text, truth in generate(int(sys.argv[3]), seed=0):
-                file.write(json.dumps({"title": "", "text": text, "truth": truth}, ensure_ascii=False) + "\n")
-    else:
-        print("\n".join(f"{name}: {value}" for name, value in check(Path(sys.argv[2]), Path(sys.argv[3])).items()))
+            originals.append(lines)
+        yield spoil(lines, rng), kind, han("".join(lines))

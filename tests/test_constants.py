@@ -1,0 +1,138 @@
+"""Constants: what is edited in the source, given as NAME=value or by make is what runs, in every mode."""
+
+import ast
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from commands import DATA, ROOT, SFT, done, load, refused
+
+import reward
+
+SCRIPTS = ("data_prep", "sft", "grpo", "eval")
+
+
+def assignments(path: Path) -> dict[str, ast.expr]:
+    """The expressions of the constants of a script or of reward.py."""
+    found = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            return found
+        if isinstance(node, ast.Assign) and node.targets[0].id.isupper():
+            found[node.targets[0].id] = node.value
+    raise AssertionError(f"{path} has no function")
+
+
+@pytest.fixture
+def copies(tmp_path):
+    """The scripts in a folder of their own, where they print their constants instead of running."""
+    for name in (*SCRIPTS, "reward"):
+        source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+        body, main, _ = source.partition('if __name__ == "__main__":\n')
+        source = f"{body}{main}    print(json.dumps(configure(sys.argv[1:])))\n" if main else source
+        (tmp_path / f"{name}.py").write_text(source, encoding="utf-8")
+    return tmp_path
+
+
+def constants(run, folder, script, *words) -> dict:
+    return json.loads(done(run(folder / f"{script}.py", *words)).splitlines()[-1])
+
+
+def edit(path: Path, names) -> None:
+    """Adds 1 to every number in the lines of these constants."""
+    source = path.read_text(encoding="utf-8")
+    lines = source.split("\n")
+    for node in reversed(ast.parse(source).body):
+        if isinstance(node, ast.Assign) and node.targets[0].id in names:
+            for number in ast.walk(node.value):
+                if isinstance(number, ast.Constant) and type(number.value) in (int, float):
+                    number.value += 1
+            lines[node.lineno - 1:node.end_lineno] = [ast.unparse(node)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+@pytest.mark.parametrize("model", ["tiny", "Qwen/Qwen2.5-0.5B", "lyrics"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_number_that_is_edited_in_the_source_is_the_one_that_runs(run, copies, script, model):
+    words = ["task=lyrics", "model=tiny"] if model == "lyrics" else [f"model={model}"]
+    before = constants(run, copies, script, *words)
+    files = [copies / f"{name}.py" for name in (script, "reward")]
+    expressions = {name: value for path in files for name, value in assignments(path).items()}
+    assert before.keys() == expressions.keys()
+    used = {node.id for value in expressions.values() for node in ast.walk(value) if isinstance(node, ast.Name)}
+    numbers = {name for name, value in before.items() if type(value) in (int, float)}
+    follow = {"THREADS", "BF16", "TINY", "LYRICS"}         # the machine or other constants
+    assert all(re.search(r"\b\d", ast.unparse(expressions[name])) for name in numbers - follow)
+    for names in (numbers - used - follow, numbers & used - follow):
+        for path in files:
+            edit(path, names)
+        after = constants(run, copies, script, *words)
+        for name in names:
+            assert type(after[name]) is type(before[name]), name
+            assert abs(after[name] - before[name]) == pytest.approx(1), name      # -3.0 becomes -(3.0 + 1)
+        before = after
+
+
+@pytest.mark.parametrize("script, words, expected", [
+    ("sft", ["OUT=runs/x"], {"DATA": "runs/x/data", "TINY": True}),
+    ("grpo", ["--out=runs/x"], {"DATA": "runs/x/data", "SFT": "runs/x/sft"}),
+    ("eval", ["OUT=runs/x", "DATA=here"], {"DATA": "here", "SFT": "runs/x/sft"}),
+    ("data_prep", ["TASK=lyrics"], {"OUT": "runs/lyrics"}),
+    ("grpo", ["TASK=lyrics"], {"OUT": "runs/lyrics", "SFT": "runs/lyrics/sft", "LYRICS": True, "BEST_BY": "reward"}),
+    ("sft", ["MODEL=some/model"], {"TINY": False, "INIT_FROM": "some/model", "LORA_RANK": 32, "LOAD_4BIT": 1}),
+    ("sft", ["MODEL=some/model", "LORA_RANK=0"], {"LORA_RANK": 0, "LOAD_4BIT": 0}),
+    ("sft", ["MODEL=tiny", "LORA_RANK=8"], {"LORA_RANK": 8, "LOAD_4BIT": 1}),
+    ("grpo", ["MODEL=tiny", "STEPS=50", "BETA=0"], {"STEPS": 50, "BETA": 0.0, "LORA_RANK": 0}),
+    ("sft", ["STEPS=5", "LR=1", "Q=3 3 8 8"], {"TASK": "game24"})])
+def test_what_depends_on_a_constant_follows_it(run, copies, script, words, expected):
+    assert expected.items() <= constants(run, copies, script, *words).items()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_constant_of_any_script_is_accepted_and_of_none_refused_with_the_nearest(run, copies, script):
+    own = constants(run, copies, script)
+    every = {name for other in (*SCRIPTS, "reward") for name in assignments(ROOT / f"{other}.py")}
+    others = sorted(every - own.keys())
+    assert constants(run, copies, script, *(f"{name}=1" for name in others)) == own
+    output = refused(run(copies / f"{script}.py", "--sft_step=3"))
+    assert "no script has a constant SFT_STEP" in output and "SFT_STEPS" in output
+    output = refused(run(copies / f"{script}.py", "--seed=one"))
+    assert "SEED" in output and "one" in output
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_prints_the_constants_and_runs_nothing(run, script, tmp_path):
+    output = done(run(ROOT / f"{script}.py", "--help", cwd=tmp_path))
+    for name in assignments(ROOT / f"{script}.py"):
+        assert re.search(rf"^{name} = .", output, re.MULTILINE), name
+    assert "def main" not in output and not list(tmp_path.iterdir())
+
+
+def test_importing_a_script_runs_none_of_it(run, copies):
+    (copies / "importer.py").write_text("import data_prep, eval, grpo, reward, sft, torch\n"
+                                        "print(grpo.BETA, sft.SEED, reward.WELL_FORMED, torch.cuda.is_initialized())")
+    output = done(run(copies / "importer.py", "--beta=7", "--seed=8", "--well_formed=9", "--unknown=1"))
+    assert output.splitlines()[-1] == f"0.01 0 {reward.WELL_FORMED} False"
+
+
+def test_run_stores_its_constants_and_an_edited_comment_changes_nothing(run, copies, tmp_path):
+    settings = {"out": tmp_path / "run", **SFT, "sft_steps": 2}
+    done(run("data_prep", **settings, **DATA))
+    done(run("sft", **settings))
+    words = [f"{name}={value}" for name, value in settings.items()]
+    stored = load(tmp_path / "run/sft/run.json")
+    assert stored["constants"] == constants(run, copies, "sft", *words)
+    assert {"torch", "transformers", "peft", "bitsandbytes"} <= stored["versions"].keys()
+    assert (tmp_path / "run/sft/sft.py").read_bytes() == (ROOT / "sft.py").read_bytes()
+    assert (tmp_path / "run/sft/reward.py").read_bytes() == (ROOT / "reward.py").read_bytes()
+    source = (ROOT / "sft.py").read_text(encoding="utf-8")
+    shutil.copy(ROOT / "sft.py", copies)
+    for old, new in (("SEED = 0", "SEED = 0     # of everything"), ("# norm of the gradient", "# norm")):
+        assert old in source
+        source = source.replace(old, new)
+    (copies / "sft.py").write_text(source, encoding="utf-8")
+    assert "is complete" in done(run(copies / "sft.py", **settings))
+    (copies / "sft.py").write_text(source.replace("GRAD_CLIP = 1.0", "GRAD_CLIP = 2.0"), encoding="utf-8")
+    assert "GRAD_CLIP was 1.0, is 2.0" in done(run(copies / "sft.py", **settings))
