@@ -34,7 +34,7 @@ import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from fractions import Fraction
-from functools import cache, lru_cache
+from functools import lru_cache
 from importlib.metadata import version
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -137,17 +137,9 @@ def steps_from(state: tuple) -> tuple:
     return tuple(states.items())
 
 
-@cache
-def solvable(state: tuple, target: int) -> bool:
-    """Whether the numbers of a sorted state, each used once, can make the target."""
-    if len(state) == 1:
-        return state[0] == target
-    return any(solvable(tuple(sorted(after)), target) for _, after in steps_from(state))
-
-
 def choices(state: tuple, target: int) -> list[tuple]:
     """(step, state after it, whether that is solvable); odd steps only if no other leads to the target."""
-    steps = [(step, after, solvable(tuple(sorted(after)), target)) for step, after in steps_from(state)]
+    steps = [(step, after, reward.solvable(tuple(sorted(after)), target)) for step, after in steps_from(state)]
     plain = [choice for choice in steps if choice[0][3].denominator == 1 and choice[0][3] <= LARGEST]
     if any(leads for *_, leads in plain):
         return plain
@@ -191,37 +183,14 @@ def write_trace(hand: list[int], target: int, rng: random.Random) -> str:
     return "\n".join(["<think>", *lines, *composed[:-1], "</think>", f"<answer> {composed[-1]} </answer>"])
 
 
-def read_hands(path: Path) -> list[tuple[int, ...]]:
-    """Sorted hands of a file: lines of four numbers, or a csv with columns n1..n4 or a..d or with cells like 4 5 6 10.
-
-    Exits with the line that has something else.
-    """
-    hands, columns = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        cells = next(csv.reader([line]), [])
-        if number == 1 and not re.search(r"\b\d", line):        # a heading
-            columns = [i for i, name in enumerate(cells) if re.fullmatch(r"\s*(\w*[1-4]|[A-Da-d])\s*", name)]
-            continue
-        if len(columns) == 4:
-            cells = [cells[i] for i in columns if i < len(cells)]
-        words = next((cell.split() for cell in cells if len(cell.split()) == 4), [cell.strip() for cell in cells])
-        if len(words) == 4 and all(re.fullmatch("[1-9][0-9]*", word) for word in words):
-            hands.append(tuple(sorted(map(int, words))))
-        elif line.strip():
-            sys.exit(f"{path}:{number}: four positive integers are expected, not {line!r}")
-    if not hands:
-        sys.exit(f"{path}: no hand in it")
-    return list(dict.fromkeys(hands))
-
-
 def prepare_game24(folder: Path, held_out: list[tuple]) -> dict:
     """Writes train, val and test of the 24-point game, test with the hands held out if any; returns the summary."""
     rng = random.Random(SEED)
     hands = list(itertools.combinations_with_replacement(range(LOWEST, HIGHEST + 1), 4))
-    solvable_hands = [hand for hand in hands if solvable(hand, TARGET)]
+    solvable_hands = [hand for hand in hands if reward.solvable(hand, TARGET)]
     summary = {"hands": len(hands), "solvable": len(solvable_hands)}
     rng.shuffle(solvable_hands)
-    test = [hand for hand in held_out if solvable(hand, TARGET)] if held_out else solvable_hands[:TEST_HANDS]
+    test = [hand for hand in held_out if reward.solvable(hand, TARGET)] if held_out else solvable_hands[:TEST_HANDS]
     hopeless = [hand for hand in held_out if hand not in test]
     if hopeless:
         print(f"{HOLDOUT}: these cannot make {TARGET} and are left out: {hopeless}")
@@ -919,7 +888,7 @@ def main() -> None:
     if TASK == "game24":
         if HIGHEST - LOWEST > 19:
             sys.exit(f"HIGHEST={HIGHEST} makes too many hands for 2 GB of memory; HIGHEST={LOWEST + 19} is the largest")
-        hands = read_hands(Path(HOLDOUT)) if HOLDOUT else []
+        hands = reward.read_hands(Path(HOLDOUT)) if HOLDOUT else []
         folder = open_run(Path(OUT, "data"), constants, {"hands of HOLDOUT": hands})
         summary = prepare_game24(folder, hands)
     elif TASK == "lyrics":

@@ -13,7 +13,6 @@ for human scores. Intervals are 95 % bootstrap intervals over prompts: the sampl
 import ast
 import contextlib
 import csv
-import datetime
 import difflib
 import hashlib
 import itertools
@@ -186,13 +185,18 @@ def scored(row: dict, completion: str, truncated: bool = False) -> dict:
 
 
 def prompts_to_evaluate(path: Path, data: Path) -> list[dict]:
-    """Rows of the split, or of HANDS; each has an id. Exits at a bad one, or if one was trained on."""
-    rows = [] if HANDS else reward.read_rows(TASK, path, "prompt")
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n") if HANDS else (), 1):
-        try:
-            rows += [reward.question(TASK, as_in_corpus(line))] if line.strip() else []
-        except ValueError as error:
-            sys.exit(f"{path}:{number}: {error}")
+    """Rows of the split, or of HANDS; each has an id. Exits if one is bad or was trained on."""
+    if not HANDS:
+        rows = reward.read_rows(TASK, path, "prompt")
+    elif TASK == "game24":
+        hands = reward.read_hands(path)
+        hopeless = [hand for hand in hands if not reward.solvable(hand, 24)]
+        if hopeless:
+            print(f"{path}: left out, because they cannot make 24: {hopeless}")
+        rows = [reward.question(TASK, " ".join(map(str, hand))) for hand in hands if hand not in hopeless]
+    else:
+        lines = as_in_corpus(path.read_text(encoding="utf-8-sig")).split("\n")
+        rows = [reward.question(TASK, line) for line in lines if line.strip()]
     if (data / "train.jsonl").is_file():
         reward.refuse_overlap(TASK, reward.read_rows(TASK, data / "train.jsonl", "prompt"), rows, path)
     return [{"id": number, **row} for number, row in enumerate(rows)]
@@ -614,7 +618,7 @@ def halve_on_oom(work, size: int, name: str):
                 raise
         torch.cuda.empty_cache()       # not above: there the error still holds the tensors of the failed work
         size //= 2
-        tqdm.write(f"out of memory: {name}={size} from here on, with the same result")
+        tqdm.write(f"out of memory: {name}={size} from here on")
 
 
 def end_ids(model, tokenizer) -> list[int]:
@@ -629,9 +633,10 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
     if tokenizer.chat_template is None:
         ids = tokenizer(prompt + "\n").input_ids        # with the BOS of models that have one, but without an EOS
         return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False,
-        strftime_now=datetime.date(2025, 1, 1).strftime)       # a template with today's date: the same prompt every day
+    # a template that shows today's date: the same prompt every day
+    template = re.sub(r"strftime_now\([^()]*\)", "'1 Jan 2025'", tokenizer.chat_template)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], chat_template=template, tokenize=False,
+                                         add_generation_prompt=True)
     text = re.sub(r"<think>\n$", "", text)       # opened by some templates, but our completions open it themselves
     return tokenizer(text, add_special_tokens=False).input_ids
 

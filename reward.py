@@ -21,6 +21,7 @@ product of gates times a weighted sum of parts, so that no part makes up for tex
 
 import ast
 import base64
+import csv
 import json
 import math
 import re
@@ -29,7 +30,8 @@ import zlib
 from collections import Counter
 from contextlib import suppress
 from fractions import Fraction
-from itertools import accumulate, chain, pairwise
+from functools import cache
+from itertools import accumulate, chain, pairwise, permutations
 from pathlib import Path
 
 # game24: the total is the weighted sum of three parts (report on the 24-point game)
@@ -102,6 +104,20 @@ def hand_prompt(row: dict) -> str:
     if not four or any(type(number) is not int or number < 1 for number in [*numbers, target]):
         raise ValueError(f"numbers must be a list of four positive integers, not {numbers!r} (target {target!r})")
     return f"Make {target} from {' '.join(map(str, numbers))}"
+
+
+@cache
+def solvable(numbers: tuple, target: int) -> bool:
+    """Whether the numbers (sorted, for the cache), each used once, can make the target."""
+    if len(numbers) == 1:
+        return numbers[0] == target
+    for i, j in permutations(range(len(numbers)), 2):
+        a, b = numbers[i], numbers[j]
+        others = [number for k, number in enumerate(numbers) if k not in (i, j)]
+        results = {a + b, a * b, a - b} | ({Fraction(a, b)} if b else set())
+        if any(solvable(tuple(sorted([*others, result])), target) for result in results):
+            return True
+    return False
 
 
 def length_reward(lines: int, threshold: int = 4, midpoint: int = 20, steepness: float = 0.2) -> float:
@@ -428,6 +444,29 @@ def read_rows(task: str, path: Path, *needs: str) -> list[dict]:
             sys.exit(f"{path}:{number}: {error}")
         rows.append(row)
     return rows or sys.exit(f"{path} is empty: run `make data`")
+
+
+def read_hands(path: Path) -> list[tuple[int, ...]]:
+    """Sorted hands of a file: lines of four numbers, or a csv with columns n1..n4 or a..d or with cells like 4 5 6 10.
+
+    Exits with the line that has something else.
+    """
+    hands, columns = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        cells = next(csv.reader([line]), [])
+        if number == 1 and not re.search(r"\b\d", line):        # a heading
+            columns = [i for i, name in enumerate(cells) if re.fullmatch(r"\s*(\w*[1-4]|[A-Da-d])\s*", name)]
+            continue
+        if len(columns) == 4:
+            cells = [cells[i] for i in columns if i < len(cells)]
+        words = next((cell.split() for cell in cells if len(cell.split()) == 4), [cell.strip() for cell in cells])
+        if len(words) == 4 and all(re.fullmatch("[1-9][0-9]*", word) for word in words):
+            hands.append(tuple(sorted(map(int, words))))
+        elif line.strip():
+            sys.exit(f"{path}:{number}: four positive integers are expected, not {line!r}")
+    if not hands:
+        sys.exit(f"{path}: no hand in it")
+    return list(dict.fromkeys(hands))
 
 
 def refuse_overlap(task: str, train: list[dict], held_out: list[dict], path: Path) -> None:

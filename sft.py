@@ -12,7 +12,6 @@ logits of a vocabulary of 152,000 never fill the memory.
 
 import ast
 import contextlib
-import datetime
 import difflib
 import hashlib
 import itertools
@@ -330,7 +329,7 @@ def halve_on_oom(work, size: int, name: str):
                 raise
         torch.cuda.empty_cache()       # not above: there the error still holds the tensors of the failed work
         size //= 2
-        tqdm.write(f"out of memory: {name}={size} from here on, with the same result")
+        tqdm.write(f"out of memory: {name}={size} from here on")
 
 
 # ---- model: the same in sft.py and grpo.py --------------------------------------------------------------------------
@@ -377,9 +376,10 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
     if tokenizer.chat_template is None:
         ids = tokenizer(prompt + "\n").input_ids        # with the BOS of models that have one, but without an EOS
         return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False,
-        strftime_now=datetime.date(2025, 1, 1).strftime)       # a template with today's date: the same prompt every day
+    # a template that shows today's date: the same prompt every day
+    template = re.sub(r"strftime_now\([^()]*\)", "'1 Jan 2025'", tokenizer.chat_template)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], chat_template=template, tokenize=False,
+                                         add_generation_prompt=True)
     text = re.sub(r"<think>\n$", "", text)       # opened by some templates, but our completions open it themselves
     return tokenizer(text, add_special_tokens=False).input_ids
 

@@ -110,7 +110,7 @@ def test_hands_held_out_are_the_test_split(tmp_path):
     found = hands_of(tmp_path / "data")
     assert found["test"] == {(4, 4, 4, 4), (3, 4, 5, 6)} and not found["test"] & (found["train"] | found["val"])
     every = itertools.combinations_with_replacement(range(1, 7), 4)
-    assert set().union(*found.values()) == {hand for hand in every if data_prep.solvable(hand, 24)}
+    assert set().union(*found.values()) == {hand for hand in every if reward.solvable(hand, 24)}
     write(hands, "4 4 4 4")
     assert "hands of HOLDOUT was" in prepare(tmp_path, HOLDOUT=hands, **SMALL)[1]
 
@@ -120,7 +120,7 @@ def test_hands_held_out_are_the_test_split(tmp_path):
     ["n1,n2,n3,n4,target", "4,4,4,4,24", "6,5,3,4,24"], ["rank,a,b,c,d", "1,4,4,4,4", "2,6,5,3,4"],
     ["Rank,Puzzles,AMT (s),Solved rate", "1,4 4 4 4,4.4,99.2%", "2,6 5 3 4,4.7,99.0%"]])
 def test_forms_of_hands(tmp_path, lines):
-    assert data_prep.read_hands(write(tmp_path / "hands.csv", *lines)) == [(4, 4, 4, 4), (3, 4, 5, 6)]
+    assert reward.read_hands(write(tmp_path / "hands.csv", *lines)) == [(4, 4, 4, 4), (3, 4, 5, 6)]
 
 
 @pytest.mark.parametrize("line", [
@@ -128,7 +128,7 @@ def test_forms_of_hands(tmp_path, lines):
 @pytest.mark.parametrize("before", [[], ["4 4 4 4"]])
 def test_lines_that_are_no_hand_are_named(tmp_path, before, line):
     with pytest.raises(SystemExit) as error:
-        data_prep.read_hands(write(tmp_path / "hands.csv", *before, line))
+        reward.read_hands(write(tmp_path / "hands.csv", *before, line))
     assert f"hands.csv:{len(before) + 1}: four positive integers are expected, not {line!r}" in str(error.value)
 
 

@@ -130,17 +130,19 @@ def test_unknown_words_of_a_question_are_named(policy, monkeypatch):
         evaluation.complete_rows(*policy, [{"prompt": "1 101"}], [1])
 
 
-def test_hands_of_a_file(tmp_path, monkeypatch):
+def test_hands_of_a_file(tmp_path, monkeypatch, capsys):
     file = tmp_path / "hands.txt"
     monkeypatch.setattr(evaluation, "HANDS", str(file))
-    file.write_text("4 5 6 10\n\n8, 8, 3, 3\n")
+    monkeypatch.setattr(evaluation, "TASK", "game24")
+    file.write_text("4 5 6 10\n\n8, 8, 3, 3\n1 1 1 1\n")
     rows = evaluation.prompts_to_evaluate(file, tmp_path)
-    assert [(row["id"], row["numbers"]) for row in rows] == [(0, [4, 5, 6, 10]), (1, [8, 8, 3, 3])]
+    assert [(row["id"], row["numbers"]) for row in rows] == [(0, [4, 5, 6, 10]), (1, [3, 3, 8, 8])]
+    assert "cannot make 24: [(1, 1, 1, 1)]" in capsys.readouterr().out
     (tmp_path / "train.jsonl").write_text('{"prompt": "x", "numbers": [3, 8, 3, 8]}\n')
     with pytest.raises(SystemExit, match="1 of 2 rows"):
         evaluation.prompts_to_evaluate(file, tmp_path)
     file.write_text("4 5 6 10\n4 5 6\n")
-    with pytest.raises(SystemExit, match="hands.txt:2: .*four positive integers"):
+    with pytest.raises(SystemExit, match="hands.txt:2: four positive integers"):
         evaluation.prompts_to_evaluate(file, tmp_path)
 
 

@@ -278,7 +278,7 @@ def test_every_solvable_hand():
     """What the policy is taught earns everything, and nothing once a number of the answer is another."""
     rng = random.Random(0)
     hands = combinations_with_replacement(range(1, 14), 4)
-    hands = [list(hand) for hand in hands if data_prep.solvable(tuple(map(Fraction, hand)), 24)]
+    hands = [list(hand) for hand in hands if reward.solvable(tuple(map(Fraction, hand)), 24)]
     assert len(hands) == 1362
     for hand in hands:
         for _ in range(4):
