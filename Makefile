@@ -46,8 +46,8 @@ plots: .venv        ## draw the figures of a run, also while it is training
 ask: .venv          ## Q="3 3 8 8": the completion before and after GRPO
 	$(RUN) eval.py Q='$(Q)' $(ARGS)
 
-judge: .venv        ## lyrics: an API judges the verses of the evaluation; HUMAN=people.csv compares it with people
-	$(RUN) eval.py $(ARGS) JUDGE=1
+judge: .venv        ## lyrics: an API judges the verses; HUMAN=people.csv compares it with people
+	$(RUN) eval.py $(ARGS) $(if $(HUMAN),,JUDGE=1)
 
 export: .venv       ## the GRPO policy as a plain folder of transformers in OUT/export, the adapter merged
 	$(RUN) eval.py EXPORT=$(OUT)/export $(ARGS)

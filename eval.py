@@ -181,7 +181,7 @@ def complete_rows(model, tokenizer, rows: list[dict], samples) -> list[dict]:
 
 def scored(row: dict, completion: str, truncated: bool = False) -> dict:
     scores = reward.score(TASK, completion, row, truncated)
-    return {**row, "completion": completion, **{name: float(value) for name, value in scores.items()}}
+    return {**row, **{name: float(value) for name, value in scores.items()}, "completion": completion}
 
 
 def prompts_to_evaluate(path: Path, data: Path) -> list[dict]:

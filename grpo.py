@@ -470,7 +470,7 @@ def main() -> None:
             with open(folder / "samples.jsonl", "a", encoding="utf-8") as file:
                 for each, advantage in zip(completions[::GROUP_SIZE], advantages[:, 0].tolist()):
                     sample = {"step": step, "prompt": each["row"]["prompt"], "completion": each["text"],
-                              "advantage": advantage, **each["scores"]}
+                              "scores": each["scores"], "advantage": advantage}
                     file.write(json.dumps(sample, ensure_ascii=False) + "\n")
         if step == 1 and log["truncated"] > 0.5:
             tqdm.write(f"{log['truncated']:.0%} of the completions are cut off at MAX_NEW_TOKENS={MAX_NEW_TOKENS}: the "
