@@ -6,9 +6,12 @@ OUT = runs/$(TASK)
 STAGE_DATA = $(or $(DATA),$(OUT)/data)
 Q = $(if $(filter lyrics,$(TASK)),月光 故乡 远方,3 3 8 8)
 RUN = .venv/bin/python
-ARGS = $(filter-out PYTHON=%,$(MAKEOVERRIDES))
+# What was given on the command line, which make exports: so the shell sees no quotes, brackets or spaces of a value
+GIVEN = $(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$v))
+ARGS = $(foreach v,$(filter-out PYTHON MAKE% -%,$(GIVEN)),$(v)="$$$(v)")
 # Threads that spin while they wait for a core that another process has make a busy machine six times slower
 export GOMP_SPINCOUNT ?= 1000
+export Q
 # A CPU keeps a kernel for every shape that it has seen: the default of 1,024 can fill a gigabyte
 export ONEDNN_PRIMITIVE_CACHE_CAPACITY ?= 64
 
@@ -44,7 +47,7 @@ plots: .venv        ## draw the figures of a run, also while it is training
 	$(RUN) eval.py $(ARGS) PLOTS_ONLY=1
 
 ask: .venv          ## Q="3 3 8 8": the completion before and after GRPO
-	$(RUN) eval.py Q='$(Q)' $(ARGS)
+	$(RUN) eval.py Q="$$Q" $(ARGS)
 
 judge: .venv        ## lyrics: an API judges the verses; HUMAN=people.csv compares it with people
 	$(RUN) eval.py $(ARGS) $(if $(HUMAN),,JUDGE=1)

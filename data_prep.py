@@ -18,6 +18,7 @@ import base64
 import contextlib
 import csv
 import difflib
+import fcntl
 import hashlib
 import html
 import itertools
@@ -880,7 +881,8 @@ def answer_of(reply: dict) -> str:
 
 # these constants change nothing in the data; the content of HOLDOUT and RAW does
 free = {"OUT", "HOLDOUT", "RAW", "MAX_MISSING", "API_THREADS", "API_TIMEOUT", "API_RETRIES", "API_PRICE_IN",
-        "API_PRICE_OUT", "API_MAX_COST"}
+        "API_PRICE_OUT", "API_MAX_COST", "WELL_FORMED", "LENGTH_NEEDS_CORRECT", "MIN_STEPS", "RHYME_GOAL",
+        *(name for name in vars(reward) if name.endswith("_WEIGHT"))}       # the same data if these differ
 
 
 def main() -> None:
@@ -915,12 +917,15 @@ def configure(argv: list[str]) -> dict:
         sys.stdout.reconfigure(errors="backslashreplace")        # a terminal without UTF-8 stops no run
     given = {name.lstrip("-").upper(): value for name, _, value in (word.partition("=") for word in argv)}
     own, constants, known = Path(__file__), {}, set()
+    if {"H", "HELP"} & given.keys():
+        print(own.read_text(encoding="utf-8").partition("\n\n\n#")[0])
+        sys.exit()
     for path in [own.with_name(f"{name}.py") for name in ("reward", "data_prep", "sft", "grpo", "eval")]:
-        head = path.read_text(encoding="utf-8").partition("\n\n\n")[0] if path.is_file() else ""
-        if path == own and "HELP" in given:
-            print(head)
-            sys.exit()
-        for node in ast.parse(head).body:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body if path.is_file() else ():
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                break
+            if isinstance(node, (ast.If, ast.AugAssign, ast.AnnAssign)):
+                sys.exit(f"{path}:{node.lineno}: write a constant as NAME = expression, else it is not what runs")
             name = getattr(node.targets[0], "id", "") if isinstance(node, ast.Assign) else ""
             if not name.isupper():
                 continue
@@ -945,6 +950,14 @@ def open_run(folder: Path, constants: dict, inputs: dict) -> Path:
     Returns the folder without links, so that a link to another disk stays one.
     """
     folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    open_run.lock = open(folder.with_name(f".{folder.name}.lock"), "a")        # held until the process ends
+    try:
+        fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"{folder} is in use by another process: wait for it, or set OUT= to another folder")
+    except OSError as error:
+        print(f"{folder} is not locked, do not start a second run in it: {error}")      # not every disk has locks
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}
     run = json.loads(json.dumps({"constants": constants, "inputs": inputs, "versions": versions}))
     if (folder / "run.json").is_file():
@@ -958,7 +971,7 @@ def open_run(folder: Path, constants: dict, inputs: dict) -> Path:
         if changed:
             kept = next(path for path in map(f"{folder}.{{}}".format, itertools.count(1)) if not Path(path).exists())
             changes = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed)
-            print(f"{folder} holds another run, kept as {kept}: {changes}")
+            print(f"{folder} holds a different run, moved to {kept} (rename it back to go on with it): {changes}")
             folder.rename(kept)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "run.json", run)

@@ -14,6 +14,7 @@ import ast
 import contextlib
 import csv
 import difflib
+import fcntl
 import hashlib
 import itertools
 import json
@@ -96,6 +97,8 @@ def main() -> None:
     constants = configure(sys.argv[1:])
     torch.set_num_threads(THREADS)
     data, folder = Path(DATA), Path(OUT, f"eval-{Path(HANDS).stem}" if HANDS else "eval")
+    if not re.fullmatch(r"[\w.-]+=[^,]+(,[\w.-]+=[^,]+)*", POLICIES):
+        sys.exit(f"POLICIES must be name=folder,name=folder, not {POLICIES!r}")
     policies = dict(pair.split("=", 1) for pair in POLICIES.split(","))
     reward.use_data(TASK, data)
     if JUDGE or HUMAN:
@@ -107,7 +110,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         return print("\n".join(draw(folder, log, read_completed(folder, policies))))
     for path in policies.values():
-        check_policy(path)
+        check_policy(path, data / "train.jsonl")
     if Q:
         return ask(Q, policies)
     if EXPORT:
@@ -118,6 +121,7 @@ def main() -> None:
     inputs = {path.name: sha256(path) for path in (source, data / "table.json") if path.is_file()}
     for name, path in policies.items():
         inputs[name] = [sha256(file) for file in sorted(Path(path).glob("*.safetensors"))] or path
+    inputs["log of grpo"] = log[-1:]          # of the figures
     folder = open_run(folder, constants, inputs)
     embed = None
     for name, path in policies.items():
@@ -197,6 +201,8 @@ def prompts_to_evaluate(path: Path, data: Path) -> list[dict]:
     else:
         lines = as_in_corpus(path.read_text(encoding="utf-8-sig")).split("\n")
         rows = [reward.question(TASK, line) for line in lines if line.strip()]
+    if not rows:
+        sys.exit(f"{path} has nothing to evaluate")
     if (data / "train.jsonl").is_file():
         reward.refuse_overlap(TASK, reward.read_rows(TASK, data / "train.jsonl", "prompt"), rows, path)
     return [{"id": number, **row} for number, row in enumerate(rows)]
@@ -224,14 +230,24 @@ def base_of(path: str) -> str:
     return PeftConfig.from_pretrained(path).base_model_name_or_path if is_adapter else path
 
 
-def check_policy(path: str) -> None:
-    """Exits if a policy cannot be reached, or if MODEL is not what it was trained from."""
+def check_policy(path: str, train: Path) -> None:
+    """Exits if a policy cannot be reached or is of another MODEL; warns if it was trained on another file."""
+    run = Path(path, "run.json")
+    if run.is_file() and not Path(path, "summary.json").is_file():
+        sys.exit(f"{path} is not finished: run `make train`")
     try:
         config = AutoConfig.from_pretrained(base_of(path))
     except (OSError, ValueError) as error:
-        sys.exit(f"cannot load {path!r}: {str(error).splitlines()[0]}\nRun `make train`, or set POLICIES=name=folder")
+        is_missing = path.count("/") > 1 and not Path(path).exists()       # a hub name has one slash
+        reason = "no such folder" if is_missing else str(error).splitlines()[0]
+        sys.exit(f"cannot load {path!r}: {reason}\nRun `make train`, or set POLICIES=name=folder")
     if TINY != getattr(config, "tiny", False):
-        sys.exit(f"MODEL={MODEL} sets the constants, but {path} was not trained from it: set MODEL= to what it was")
+        sys.exit(f"the constants are those of MODEL={MODEL}, but {path} is {'not ' if TINY else ''}a tiny model: set "
+                 "MODEL= to the model that it was trained from")
+    if run.is_file() and train.is_file() and not LYRICS:       # the first stages of lyrics have rows of their own
+        trained_on = json.loads(run.read_text(encoding="utf-8"))["inputs"].get("train.jsonl")
+        if trained_on not in (None, sha256(train)):
+            print(f"warning: {path} was not trained on {train}: it may have seen what it is measured on")
 
 
 def load_policy(path: str):
@@ -261,6 +277,8 @@ def ask(question: str, policies: dict[str, str]) -> None:
 
 def export(path: str, folder: Path) -> None:
     """Writes a policy as a plain model: an adapter is merged in fp32 with the weights that it was trained on."""
+    if (folder / "run.json").is_file():
+        sys.exit(f"EXPORT={folder} holds a run: choose another folder")
     model, tokenizer = load_policy(path)
     is_adapter = isinstance(model, PeftModel)
     if is_adapter:
@@ -756,12 +774,15 @@ def configure(argv: list[str]) -> dict:
         sys.stdout.reconfigure(errors="backslashreplace")        # a terminal without UTF-8 stops no run
     given = {name.lstrip("-").upper(): value for name, _, value in (word.partition("=") for word in argv)}
     own, constants, known = Path(__file__), {}, set()
+    if {"H", "HELP"} & given.keys():
+        print(own.read_text(encoding="utf-8").partition("\n\n\n#")[0])
+        sys.exit()
     for path in [own.with_name(f"{name}.py") for name in ("reward", "data_prep", "sft", "grpo", "eval")]:
-        head = path.read_text(encoding="utf-8").partition("\n\n\n")[0] if path.is_file() else ""
-        if path == own and "HELP" in given:
-            print(head)
-            sys.exit()
-        for node in ast.parse(head).body:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body if path.is_file() else ():
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                break
+            if isinstance(node, (ast.If, ast.AugAssign, ast.AnnAssign)):
+                sys.exit(f"{path}:{node.lineno}: write a constant as NAME = expression, else it is not what runs")
             name = getattr(node.targets[0], "id", "") if isinstance(node, ast.Assign) else ""
             if not name.isupper():
                 continue
@@ -786,6 +807,14 @@ def open_run(folder: Path, constants: dict, inputs: dict) -> Path:
     Returns the folder without links, so that a link to another disk stays one.
     """
     folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    open_run.lock = open(folder.with_name(f".{folder.name}.lock"), "a")        # held until the process ends
+    try:
+        fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"{folder} is in use by another process: wait for it, or set OUT= to another folder")
+    except OSError as error:
+        print(f"{folder} is not locked, do not start a second run in it: {error}")      # not every disk has locks
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}
     run = json.loads(json.dumps({"constants": constants, "inputs": inputs, "versions": versions}))
     if (folder / "run.json").is_file():
@@ -799,7 +828,7 @@ def open_run(folder: Path, constants: dict, inputs: dict) -> Path:
         if changed:
             kept = next(path for path in map(f"{folder}.{{}}".format, itertools.count(1)) if not Path(path).exists())
             changes = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed)
-            print(f"{folder} holds another run, kept as {kept}: {changes}")
+            print(f"{folder} holds a different run, moved to {kept} (rename it back to go on with it): {changes}")
             folder.rename(kept)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "run.json", run)

@@ -14,6 +14,7 @@ import ast
 import contextlib
 import copy
 import difflib
+import fcntl
 import hashlib
 import itertools
 import json
@@ -344,11 +345,9 @@ def main() -> None:
     train, val = (reward.read_rows(TASK, data / f"{split}.jsonl", "prompt") for split in ("train", "val"))
     reward.refuse_overlap(TASK, train, val, data / "val.jsonl")
     reward.use_data(TASK, data)
+    if GROUP_SIZE < 2 or TEMPERATURE <= 0 or min(STEPS, EVAL_EVERY, EVAL_SAMPLES, PATIENCE) < 1:
+        sys.exit("GROUP_SIZE must be at least 2, TEMPERATURE above 0, STEPS, EVAL_EVERY, EVAL_SAMPLES and PATIENCE 1")
     model, tokenizer = load_model(SFT)
-    inputs = {name: sha256(data / name) for name in ("train.jsonl", "val.jsonl")}
-    inputs["weights"] = [sha256(path) for path in sorted(Path(SFT).glob("*.safetensors"))] or SFT
-    folder = open_run(Path(OUT, "grpo"), constants, inputs)
-
     train = list({row["prompt"]: row for row in train}.values())         # many samples of SFT share a prompt
     for row in train + val:
         row["prompt_ids"] = encode_prompt(tokenizer, row["prompt"])
@@ -356,6 +355,9 @@ def main() -> None:
     if longest > model.config.max_position_embeddings:
         sys.exit(f"a prompt and MAX_NEW_TOKENS={MAX_NEW_TOKENS} have {longest} tokens, but {SFT} knows only "
                  f"{model.config.max_position_embeddings} positions")
+    inputs = {name: sha256(data / name) for name in ("train.jsonl", "val.jsonl")}
+    inputs["weights"] = [sha256(path) for path in sorted(Path(SFT).glob("*.safetensors"))] or SFT
+    folder = open_run(Path(OUT, "grpo"), constants, inputs)
     eos_ids = end_ids(model, tokenizer)
     copied_reference = None
     if BETA and not isinstance(model, PeftModel):
@@ -395,13 +397,15 @@ def main() -> None:
             for each in completions:
                 each["scores"] = reward.score(TASK, each["text"], each["row"], each["truncated"])
             rewards = torch.tensor([each["scores"]["reward"] for each in completions]).double().view(-1, GROUP_SIZE)
+            if rewards.isnan().any():
+                sys.exit(f"a reward of TASK={TASK} is not a number: fix reward.py, then run this again")
             log |= summarise(completions)
 
             # 3 advantages
             mean, std = group_statistics(rewards)
             run["without_variance"] = run["without_variance"] + 1 if not std.any() else 0
             if run["without_variance"] % 5 == 4:
-                tqdm.write("for some steps the rewards within each group were equal: little is learned from them")
+                tqdm.write("rewards were equal within every group for some steps: there is little to learn from")
             if run["running_mean"] is None:
                 run |= {"running_mean": mean.mean().item(), "running_std": std.mean().item()}
             momentum = min(MOMENTUM_MAX, MOMENTUM_MIN + MOMENTUM_STEP * (step - 1))
@@ -690,10 +694,13 @@ def load_model(path: str):
             dtype=torch.bfloat16 if DEVICE == "cuda" and BF16 and LORA_RANK else torch.float32,
             attn_implementation="sdpa" if DEVICE == "cuda" else "eager")     # eager trains faster on a CPU
     except (OSError, ValueError) as error:
-        sys.exit(f"cannot load {path!r}: {str(error).splitlines()[0]}\nUse MODEL=tiny, which needs no download, or a "
-                 "folder that holds config.json, model.safetensors and the tokenizer")
+        is_missing = path.count("/") > 1 and not Path(path).exists()       # a hub name has one slash
+        reason = "no such folder" if is_missing else str(error).splitlines()[0]
+        sys.exit(f"cannot load {path!r}: {reason}\nRun `make sft` for a policy, use MODEL=tiny, which needs no "
+                 "download, or a folder that holds config.json, model.safetensors and the tokenizer")
     if TINY != getattr(model.config, "tiny", False):
-        sys.exit(f"MODEL={MODEL} sets the constants, but {path} was not trained from it: set MODEL= to what it was")
+        sys.exit(f"the constants are those of MODEL={MODEL}, but {path} is {'not ' if TINY else ''}a tiny model: set "
+                 "MODEL= to the model that it was trained from")
     if tokenizer.eos_token_id is None or len(tokenizer) > model.get_input_embeddings().num_embeddings:
         sys.exit(f"the tokenizer of {path} does not fit the model: end of sequence {tokenizer.eos_token}, "
                  f"{len(tokenizer)} tokens for {model.get_input_embeddings().num_embeddings} embeddings")
@@ -770,6 +777,8 @@ def load_tensors(path: Path):
 
 def write_policy(folder: Path, model, tokenizer, parameters: list) -> None:
     """Writes the weights of best.pt as transformers or peft reads them: the policy that the next stage takes."""
+    if not (folder / "best.pt").is_file():
+        sys.exit("no evaluation has found a best policy")
     best = load_tensors(folder / "best.pt") or sys.exit(f"delete {folder} to train again")
     for parameter, saved in zip(parameters, best, strict=True):
         parameter.data.copy_(saved)
@@ -796,12 +805,15 @@ def configure(argv: list[str]) -> dict:
         sys.stdout.reconfigure(errors="backslashreplace")        # a terminal without UTF-8 stops no run
     given = {name.lstrip("-").upper(): value for name, _, value in (word.partition("=") for word in argv)}
     own, constants, known = Path(__file__), {}, set()
+    if {"H", "HELP"} & given.keys():
+        print(own.read_text(encoding="utf-8").partition("\n\n\n#")[0])
+        sys.exit()
     for path in [own.with_name(f"{name}.py") for name in ("reward", "data_prep", "sft", "grpo", "eval")]:
-        head = path.read_text(encoding="utf-8").partition("\n\n\n")[0] if path.is_file() else ""
-        if path == own and "HELP" in given:
-            print(head)
-            sys.exit()
-        for node in ast.parse(head).body:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body if path.is_file() else ():
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                break
+            if isinstance(node, (ast.If, ast.AugAssign, ast.AnnAssign)):
+                sys.exit(f"{path}:{node.lineno}: write a constant as NAME = expression, else it is not what runs")
             name = getattr(node.targets[0], "id", "") if isinstance(node, ast.Assign) else ""
             if not name.isupper():
                 continue
@@ -826,6 +838,14 @@ def open_run(folder: Path, constants: dict, inputs: dict) -> Path:
     Returns the folder without links, so that a link to another disk stays one.
     """
     folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    open_run.lock = open(folder.with_name(f".{folder.name}.lock"), "a")        # held until the process ends
+    try:
+        fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"{folder} is in use by another process: wait for it, or set OUT= to another folder")
+    except OSError as error:
+        print(f"{folder} is not locked, do not start a second run in it: {error}")      # not every disk has locks
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}
     run = json.loads(json.dumps({"constants": constants, "inputs": inputs, "versions": versions}))
     if (folder / "run.json").is_file():
@@ -839,7 +859,7 @@ def open_run(folder: Path, constants: dict, inputs: dict) -> Path:
         if changed:
             kept = next(path for path in map(f"{folder}.{{}}".format, itertools.count(1)) if not Path(path).exists())
             changes = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed)
-            print(f"{folder} holds another run, kept as {kept}: {changes}")
+            print(f"{folder} holds a different run, moved to {kept} (rename it back to go on with it): {changes}")
             folder.rename(kept)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "run.json", run)

@@ -201,7 +201,7 @@ def use_data(task: str, folder: Path) -> None:
         loaded["lines"] = set(memoryview(base64.b64decode(loaded["lines"])).cast("I"))
         loaded["total"] = sum(loaded["characters"].values())
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}/table.json is unusable ({error!r}): run `make data TASK=lyrics`")
+        raise ValueError(f"{folder}/table.json is unusable ({error!r}): run `make data TASK=lyrics`") from None
     table.update(loaded)
 
 
@@ -341,6 +341,8 @@ TASKS = {"game24": (hand_prompt, score_game24), "lyrics": (keywords_prompt, scor
 
 def check_row(task: str, row: dict) -> None:
     """Raises ValueError, with the reason, on a row that cannot be scored."""
+    if task not in TASKS:
+        raise ValueError(f"unknown TASK {task!r}, choose from {', '.join(TASKS)}")
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object, not {type(row).__name__}")
     TASKS[task][0](row)
@@ -379,6 +381,8 @@ def question(task: str, text: str) -> dict:
     words = re.findall(r"[^\s,，、。！；;/]+", text)
     if not words:
         raise ValueError(f"numbers or keywords must be given, not {text!r}")
+    if task not in ("game24", "lyrics"):
+        raise ValueError(f"questions can be typed for game24 and lyrics, not for {task}")
     row = {"keywords": words}
     if task == "game24":
         row = {"numbers": [int(word) if re.fullmatch("[0-9]+", word) else word for word in words]}
@@ -452,7 +456,11 @@ def read_hands(path: Path) -> list[tuple[int, ...]]:
     Exits with the line that has something else.
     """
     hands, columns = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"cannot read the hands of {path}: {error}")
+    for number, line in enumerate(lines, 1):
         cells = next(csv.reader([line]), [])
         if number == 1 and not re.search(r"\b\d", line):        # a heading
             columns = [i for i, name in enumerate(cells) if re.fullmatch(r"\s*(\w*[1-4]|[A-Da-d])\s*", name)]
@@ -474,5 +482,5 @@ def refuse_overlap(task: str, train: list[dict], held_out: list[dict], path: Pat
     trained_on = {identity(task, row) for row in train}
     shared = [row["prompt"] for row in held_out if identity(task, row) in trained_on]
     if shared:
-        sys.exit(f"{len(shared)} of {len(held_out)} rows of {path} are in train.jsonl too, such as {shared[0]!r}: what "
-                 "is measured on them says nothing. Make data that holds them out")
+        sys.exit(f"{len(shared)} of {len(held_out)} rows of {path} are in train.jsonl too, such as {shared[0]!r}: "
+                 "results on them would be meaningless. Make data that holds them out")

@@ -13,6 +13,7 @@ logits of a vocabulary of 152,000 never fill the memory.
 import ast
 import contextlib
 import difflib
+import fcntl
 import hashlib
 import itertools
 import json
@@ -78,7 +79,7 @@ TINY_LAYERS = 4
 TINY_HEADS = 4                         # of queries; half as many of keys and values
 
 free = {"OUT", "DATA", "VOCABULARY", "THREADS", "MICRO_BATCH_TOKENS", "HEAD_CHUNK", "GRADIENT_CHECKPOINTING",
-        "SAVE_EVERY"}     # a run goes on if these differ: they change speed or place, not the result
+        "SAVE_EVERY", *filter(str.isupper, vars(reward))}     # a run goes on if these differ: they change no result
 
 
 # ---- model and data -------------------------------------------------------------------------------------------------
@@ -350,10 +351,13 @@ def load_model(path: str):
             dtype=torch.bfloat16 if DEVICE == "cuda" and BF16 and LORA_RANK else torch.float32,
             attn_implementation="sdpa" if DEVICE == "cuda" else "eager")     # eager trains faster on a CPU
     except (OSError, ValueError) as error:
-        sys.exit(f"cannot load {path!r}: {str(error).splitlines()[0]}\nUse MODEL=tiny, which needs no download, or a "
-                 "folder that holds config.json, model.safetensors and the tokenizer")
+        is_missing = path.count("/") > 1 and not Path(path).exists()       # a hub name has one slash
+        reason = "no such folder" if is_missing else str(error).splitlines()[0]
+        sys.exit(f"cannot load {path!r}: {reason}\nRun `make sft` for a policy, use MODEL=tiny, which needs no "
+                 "download, or a folder that holds config.json, model.safetensors and the tokenizer")
     if TINY != getattr(model.config, "tiny", False):
-        sys.exit(f"MODEL={MODEL} sets the constants, but {path} was not trained from it: set MODEL= to what it was")
+        sys.exit(f"the constants are those of MODEL={MODEL}, but {path} is {'not ' if TINY else ''}a tiny model: set "
+                 "MODEL= to the model that it was trained from")
     if tokenizer.eos_token_id is None or len(tokenizer) > model.get_input_embeddings().num_embeddings:
         sys.exit(f"the tokenizer of {path} does not fit the model: end of sequence {tokenizer.eos_token}, "
                  f"{len(tokenizer)} tokens for {model.get_input_embeddings().num_embeddings} embeddings")
@@ -430,6 +434,8 @@ def load_tensors(path: Path):
 
 def write_policy(folder: Path, model, tokenizer, parameters: list) -> None:
     """Writes the weights of best.pt as transformers or peft reads them: the policy that the next stage takes."""
+    if not (folder / "best.pt").is_file():
+        sys.exit("no evaluation has found a best policy")
     best = load_tensors(folder / "best.pt") or sys.exit(f"delete {folder} to train again")
     for parameter, saved in zip(parameters, best, strict=True):
         parameter.data.copy_(saved)
@@ -456,12 +462,15 @@ def configure(argv: list[str]) -> dict:
         sys.stdout.reconfigure(errors="backslashreplace")        # a terminal without UTF-8 stops no run
     given = {name.lstrip("-").upper(): value for name, _, value in (word.partition("=") for word in argv)}
     own, constants, known = Path(__file__), {}, set()
+    if {"H", "HELP"} & given.keys():
+        print(own.read_text(encoding="utf-8").partition("\n\n\n#")[0])
+        sys.exit()
     for path in [own.with_name(f"{name}.py") for name in ("reward", "data_prep", "sft", "grpo", "eval")]:
-        head = path.read_text(encoding="utf-8").partition("\n\n\n")[0] if path.is_file() else ""
-        if path == own and "HELP" in given:
-            print(head)
-            sys.exit()
-        for node in ast.parse(head).body:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body if path.is_file() else ():
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                break
+            if isinstance(node, (ast.If, ast.AugAssign, ast.AnnAssign)):
+                sys.exit(f"{path}:{node.lineno}: write a constant as NAME = expression, else it is not what runs")
             name = getattr(node.targets[0], "id", "") if isinstance(node, ast.Assign) else ""
             if not name.isupper():
                 continue
@@ -486,6 +495,14 @@ def open_run(folder: Path, constants: dict, inputs: dict) -> Path:
     Returns the folder without links, so that a link to another disk stays one.
     """
     folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    open_run.lock = open(folder.with_name(f".{folder.name}.lock"), "a")        # held until the process ends
+    try:
+        fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"{folder} is in use by another process: wait for it, or set OUT= to another folder")
+    except OSError as error:
+        print(f"{folder} is not locked, do not start a second run in it: {error}")      # not every disk has locks
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}
     run = json.loads(json.dumps({"constants": constants, "inputs": inputs, "versions": versions}))
     if (folder / "run.json").is_file():
@@ -499,7 +516,7 @@ def open_run(folder: Path, constants: dict, inputs: dict) -> Path:
         if changed:
             kept = next(path for path in map(f"{folder}.{{}}".format, itertools.count(1)) if not Path(path).exists())
             changes = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed)
-            print(f"{folder} holds another run, kept as {kept}: {changes}")
+            print(f"{folder} holds a different run, moved to {kept} (rename it back to go on with it): {changes}")
             folder.rename(kept)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "run.json", run)

@@ -136,3 +136,12 @@ def test_run_stores_its_constants_and_an_edited_comment_changes_nothing(run, cop
     assert "is complete" in done(run(copies / "sft.py", **settings))
     (copies / "sft.py").write_text(source.replace("GRAD_CLIP = 1.0", "GRAD_CLIP = 2.0"), encoding="utf-8")
     assert "GRAD_CLIP was 1.0, is 2.0" in done(run(copies / "sft.py", **settings))
+
+
+@pytest.mark.parametrize("line", ["STEPS += 1", "if TASK == 'game24': STEPS = 2", "STEPS: int = 2"])
+def test_constant_that_would_be_ignored_is_refused(run, copies, line):
+    path = copies / "grpo.py"
+    source = path.read_text(encoding="utf-8").replace("\nfree = {", f"\n{line}\nfree = {{", 1)
+    path.write_text(source, encoding="utf-8")
+    number = source.split("\n").index(line) + 1
+    assert f"grpo.py:{number}: write a constant as NAME = expression" in refused(run(path))

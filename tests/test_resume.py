@@ -3,6 +3,7 @@
 The faults are real ones: SIGKILL at chosen calls, and files that are changed on the disk.
 """
 
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -165,7 +166,8 @@ def test_finished_run_is_complete_also_if_constants_differ_that_change_no_result
     folder = shutil.copytree(undisturbed(script, "fp32"), tmp_path / script)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     moved = {name: shutil.copytree(base / name, tmp_path / f"moved/{name}") for name in ("data", "sft")}
-    changed = {**options(base, script, "fp32"), **{name.lower(): 7 for name in {"sft": sft, "grpo": grpo}[script].free},
+    free = {"sft": sft, "grpo": grpo}[script].free - {"HAN", "TASKS"}
+    changed = {**options(base, script, "fp32"), **{name.lower(): 7 for name in free},
                "out": tmp_path, "data": moved["data"], "vocabulary": "", "sft": moved["sft"]}
     assert f"{folder} is complete" in done(run(script, **changed))
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
@@ -187,10 +189,10 @@ def test_another_run_is_begun_and_the_old_one_kept(run, base, finished, changed,
     before = {path.relative_to(finished): path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     output = run("grpo", out=finished.parent, before=HALF_A_CHECKPOINT, **settings).output
     kept = finished.with_name("grpo.1")
-    assert f"kept as {kept}" in output and difference in output
+    assert f"moved to {kept}" in output and difference in output
     assert before == {path.relative_to(kept): path.read_bytes() for path in kept.rglob("*") if path.is_file()}
     assert read(finished / "log.jsonl")[0]["step"] == 0 and "resuming" not in output
-    assert "kept as" not in run("grpo", out=finished.parent, before=RUN_BEGINS, **settings).output
+    assert "moved to" not in run("grpo", out=finished.parent, before=RUN_BEGINS, **settings).output
     assert "grpo.2" in run("grpo", out=finished.parent, before=RUN_BEGINS, **options(base, "grpo", "fp32")).output
 
 
@@ -199,6 +201,13 @@ def test_unfinished_run_goes_on_if_constants_differ_that_change_no_result(run, b
     output = done(run("grpo", out=cut.parent, **options(base, "grpo", "fp32") | {"save_every": 3, "rollout_rows": 7}))
     assert f"resuming {cut} after step 6" in output and not cut.with_name("grpo.1").exists()
     same(load_file(cut / "model.safetensors"), load_file(undisturbed("grpo", "fp32") / "model.safetensors"))
+
+
+def test_second_process_in_a_folder_is_refused(run, base, tmp_path):
+    with open(tmp_path / ".grpo.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        output = refused(run("grpo", out=tmp_path, **options(base, "grpo", "fp32")))
+    assert f"{tmp_path / 'grpo'} is in use by another process" in output and not (tmp_path / "grpo").exists()
 
 
 def test_link_to_another_disk_stays_a_link(run, base, finished, tmp_path):
