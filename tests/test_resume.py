@@ -210,6 +210,14 @@ def test_second_process_in_a_folder_is_refused(run, base, tmp_path):
     assert f"{tmp_path / 'grpo'} is in use by another process" in output and not (tmp_path / "grpo").exists()
 
 
+def test_equal_rewards_are_told_and_ties_end_the_run(run, base, tmp_path):
+    constant = "import reward; reward.score = lambda *_: {'reward': 0.5, 'correct': 0.0, 'answered': 1.0}"
+    settings = options(base, "grpo", "fp32") | {"steps": 9, "eval_every": 1, "patience": 4}
+    output = done(run("grpo", out=tmp_path, before=constant, **settings))
+    assert "rewards were equal within every group" in output and "no better policy in 4 evaluations" in output
+    assert load(tmp_path / "grpo/summary.json")["steps"] == 4
+
+
 def test_link_to_another_disk_stays_a_link(run, base, finished, tmp_path):
     link = tmp_path / "here/grpo"
     link.parent.mkdir()
