@@ -1,4 +1,4 @@
-# Two commands do everything: `make train` and `make test`. Constants go on the command line: make train BETA=0 TASK=lyrics
+# Two commands do everything: `make train` and `make test`. Constants go on the command line: make train BETA=0
 
 PYTHON = python3
 TASK = game24
