@@ -121,7 +121,8 @@ def main() -> None:
     inputs = {path.name: sha256(path) for path in (source, data / "table.json") if path.is_file()}
     for name, path in policies.items():
         inputs[name] = [sha256(file) for file in sorted(Path(path).glob("*.safetensors"))] or path
-    inputs["log of grpo"] = log[-1:]          # of the figures
+    if log:
+        inputs["log.jsonl"] = sha256(Path(OUT, "grpo/log.jsonl"))       # of the figures
     folder = open_run(folder, constants, inputs)
     embed = None
     for name, path in policies.items():
