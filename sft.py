@@ -40,7 +40,7 @@ import reward
 
 # Run
 TASK = "game24"              # game24, lyrics, or your own in reward.py
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() or os.path.exists("/dev/nvidia0") else "cpu"
 MODEL = "Qwen/Qwen2.5-1.5B-Instruct" if DEVICE == "cuda" else "tiny"     # tiny, a hub name, or a folder
 TINY = MODEL == "tiny"
 LYRICS = TASK == "lyrics"
@@ -49,12 +49,12 @@ DATA = f"{OUT}/data"         # folder of train.jsonl and val.jsonl
 INIT_FROM = MODEL            # policy folder of an earlier stage, to go on from
 VOCABULARY = ""              # jsonl of a later stage, whose words a new tiny model has to know too
 SEED = 0
-THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+THREADS = torch.get_num_threads()
 # Model
 LORA_RANK = 0 if TINY else 32          # on all linear layers; 0: train all weights
 LORA_ALPHA = 64                        # the update is scaled by LORA_ALPHA / LORA_RANK
 LOAD_4BIT = 1 if LORA_RANK else 0      # NF4 with double quantisation; 0: bf16 on a GPU, fp32 on a CPU
-BF16 = int(DEVICE == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported())     # bf16 products, weights stay in fp32
+BF16 = int(torch.cuda.is_bf16_supported(False) if DEVICE == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported())
 GRADIENT_CHECKPOINTING = 0 if TINY else 1        # recompute activations: less memory, a third more time
 # Training
 SFT_STEPS = (1600 if LYRICS else 3600) if TINY else 600      # optimizer steps, ...
@@ -64,7 +64,6 @@ MUON_LR = 3e-3 if TINY else 0.0        # of the matrices by Muon, for training f
 SFT_WARMUP = 0.05                      # share of the steps with a rising learning rate, then a cosine to ...
 SFT_MIN_LR = 0.05                      # ... this share of the peak
 SFT_WEIGHT_DECAY = 0.05 if TINY else 0.0
-OPTIMIZER_8BIT = 0 if TINY else 1      # 8-bit AdamW of bitsandbytes; 0: AdamW of torch
 GRAD_CLIP = 1.0                        # norm of the gradient
 BATCH_TOKENS = 2048 if TINY else 16384 # tokens of an optimizer step, padding included
 MICRO_BATCH_TOKENS = 4096              # tokens of a forward pass: changes memory and speed, not the result
@@ -122,10 +121,7 @@ def encode(tokenizer, rows: list[dict]) -> list[tuple[list[int], int]]:
         completion = tokenizer(row["completion"], add_special_tokens=False).input_ids
         samples.append((prompts[row["prompt"]] + completion + [tokenizer.eos_token_id], len(prompts[row["prompt"]])))
     kept = [sample for sample in samples if len(sample[0]) <= MAX_TOKENS]
-    if len(kept) < len(samples):
-        print(f"{len(samples) - len(kept)} of {len(samples)} samples are longer than MAX_TOKENS={MAX_TOKENS}: left out")
-    if samples and not kept:
-        sys.exit("no sample is left: raise MAX_TOKENS")
+    print(f"{len(samples) - len(kept)} of {len(samples)} samples are longer than MAX_TOKENS={MAX_TOKENS} and left out")
     return kept
 
 
@@ -139,8 +135,7 @@ def epoch_batches(lengths: list[int], seed: str) -> list[list[int]]:
     batches = []
     for start in range(0, len(order), 4096):
         pool = order[start:start + 4096]
-        for batch in micro_batches([lengths[row] for row in pool], BATCH_TOKENS):
-            batches.append([pool[i] for i in batch])
+        batches += [[pool[i] for i in batch] for batch in micro_batches([lengths[row] for row in pool], BATCH_TOKENS)]
     rng.shuffle(batches)
     return batches
 
@@ -152,7 +147,7 @@ def make_optimizers(model) -> list:
         if parameter.requires_grad:
             is_matrix = MUON_LR > 0 and parameter.ndim == 2 and not re.search("embed|lm_head|lora_", name)
             (matrices if is_matrix else others).append(parameter)
-    make_adamw = AdamW8bit if OPTIMIZER_8BIT else torch.optim.AdamW
+    make_adamw = AdamW8bit if LORA_RANK else torch.optim.AdamW
     optimizers = [make_adamw(others, lr=SFT_LR, betas=(0.9, 0.95), weight_decay=SFT_WEIGHT_DECAY)]
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=SFT_WEIGHT_DECAY,
@@ -204,7 +199,7 @@ def main() -> None:
     if INIT_FROM == "tiny":
         later = reward.read_rows(TASK, Path(VOCABULARY), "prompt", "completion") if VOCABULARY else []
         model, tokenizer = new_tiny_model([f"{row['prompt']} {row['completion']}" for row in train + later])
-    samples = encode(tokenizer, train)
+    samples = encode(tokenizer, train) or sys.exit("no sample is left: raise MAX_TOKENS")
     val_samples = encode(tokenizer, [row for row in val if row.get("completion")])
     lengths = [len(ids) for ids, _ in samples]
     if max(lengths) > model.config.max_position_embeddings:
@@ -240,7 +235,6 @@ def main() -> None:
                 optimizer.step()
         else:           # a NaN would stay in the moments of Adam for good
             run["skipped"] += 1
-
         tokens = run["tokens"] + sum(len(ids) for ids, _ in batch)
         run |= {"step": step, "tokens": tokens, "seconds": time.time() - began}
         log = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": SFT_LR * learning_rate(step, steps),
@@ -252,7 +246,8 @@ def main() -> None:
             tqdm.write("  ".join(f"{name} {value:.5g}" for name, value in log.items()))
             if log["val_loss"] <= run["best_val_loss"]:
                 run |= {"best_step": step, "best_val_loss": log["val_loss"]}
-                save_tensors(folder / "best.pt", [each.data for each in parameters])
+                with written_aside(folder / "best.pt", "wb") as file:
+                    torch.save([each.data for each in parameters], file)
         with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(log) + "\n")
         for name, value in log.items():
@@ -344,23 +339,20 @@ def load_model(path: str):
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                              bnb_4bit_compute_dtype=torch.bfloat16 if BF16 else torch.float32)
     try:
+        torch.zeros(1, device=DEVICE)        # before a download: raises if the driver of the GPU does not work
         base = PeftConfig.from_pretrained(path).base_model_name_or_path if is_adapter else path
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(
             base, use_safetensors=True, quantization_config=nf4 if LOAD_4BIT else None, device_map={"": DEVICE},
             dtype=torch.bfloat16 if DEVICE == "cuda" and BF16 and LORA_RANK else torch.float32,
             attn_implementation="sdpa" if DEVICE == "cuda" else "eager")     # eager trains faster on a CPU
-    except (OSError, ValueError) as error:
-        is_missing = path.count("/") > 1 and not Path(path).exists()       # a hub name has one slash
-        reason = "no such folder" if is_missing else str(error).splitlines()[0]
-        sys.exit(f"cannot load {path!r}: {reason}\nRun `make sft` for a policy, use MODEL=tiny, which needs no "
-                 "download, or a folder that holds config.json, model.safetensors and the tokenizer")
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+        reason = "no such folder" if path.count("/") > 1 and not Path(path).exists() else str(error).splitlines()[0]
+        sys.exit(f"cannot load {path!r}: {reason}\nMODEL is a hub name, a folder with config.json, model.safetensors "
+                 "and the tokenizer, or tiny, which needs no download; `make sft` makes SFT; DEVICE=cpu uses no GPU")
     if TINY != getattr(model.config, "tiny", False):
-        sys.exit(f"the constants are those of MODEL={MODEL}, but {path} is {'not ' if TINY else ''}a tiny model: set "
-                 "MODEL= to the model that it was trained from")
-    if tokenizer.eos_token_id is None or len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        sys.exit(f"the tokenizer of {path} does not fit the model: end of sequence {tokenizer.eos_token}, "
-                 f"{len(tokenizer)} tokens for {model.get_input_embeddings().num_embeddings} embeddings")
+        sys.exit(f"MODEL={MODEL} sets the constants, but {path} is {'not ' if TINY else ''}a tiny model: set MODEL= to "
+                 "the model that it was trained from")
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # else the first rollout repacks the 4-bit weights, for good, into a form without a gradient
@@ -393,9 +385,10 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
 
 def save_checkpoint(folder: Path, run: dict, parameters: list, optimizers: list) -> None:
     """Writes step-N.pt, all that the next step needs, and keeps the one before. Random numbers follow from the step."""
-    weights = [parameter.data for parameter in parameters]
-    state = {"run": run, "weights": weights, "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-    save_tensors(folder / f"step-{run['step']:06d}.pt", state)
+    state = {"run": run, "weights": [parameter.data for parameter in parameters],
+             "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+    with written_aside(folder / f"step-{run['step']:06d}.pt", "wb") as file:
+        torch.save(state, file)
     for path in sorted(folder.glob("step-*.pt"))[:-2]:
         path.unlink()
 
@@ -404,10 +397,9 @@ def load_checkpoint(folder: Path, run: dict, parameters: list, optimizers: list)
     """Sets run, weights and optimizers to the newest whole checkpoint, if there is one, and cuts the logs to it."""
     for path in sorted(folder.glob("step-*.pt"), reverse=True):
         if state := load_tensors(path):
+            print(f"resuming {folder} after step {state['run']['step']}")
             run |= state["run"]
-            print(f"resuming {folder} after step {run['step']}")
-            for parameter, saved in zip(parameters, state["weights"], strict=True):
-                parameter.data.copy_(saved)
+            set_weights(parameters, state["weights"])
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
             break
@@ -418,13 +410,8 @@ def load_checkpoint(folder: Path, run: dict, parameters: list, optimizers: list)
             file.writelines(f"{line}\n" for line in lines if json.loads(line)["step"] <= run["step"])
 
 
-def save_tensors(path: Path, value) -> None:
-    with written_aside(path, "wb") as file:
-        torch.save(value, file)
-
-
 def load_tensors(path: Path):
-    """What save_tensors wrote; None if it is damaged: the zip has checksums, which torch.load does not look at."""
+    """What torch.save wrote; None if it is damaged: the zip has checksums, which torch.load does not look at."""
     with contextlib.suppress(zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
         if zipfile.ZipFile(path).testzip() is None:
             return torch.load(path, map_location=DEVICE, weights_only=True)
@@ -432,66 +419,58 @@ def load_tensors(path: Path):
     return None
 
 
+def set_weights(parameters: list, weights: list) -> None:
+    for parameter, saved in zip(parameters, weights, strict=True):
+        parameter.data.copy_(saved)
+
+
 def write_policy(folder: Path, model, tokenizer, parameters: list) -> None:
     """Writes the weights of best.pt as transformers or peft reads them: the policy that the next stage takes."""
-    if not (folder / "best.pt").is_file():
-        sys.exit("no evaluation has found a best policy")
-    best = load_tensors(folder / "best.pt") or sys.exit(f"delete {folder} to train again")
-    for parameter, saved in zip(parameters, best, strict=True):
-        parameter.data.copy_(saved)
-    aside = folder / "policy.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
+    set_weights(parameters, load_tensors(folder / "best.pt") or sys.exit(f"delete {folder} to train again"))
     options = {"selected_adapters": ["default"], "save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-    model.save_pretrained(aside, **options)
-    tokenizer.save_pretrained(aside)
-    for path in aside.iterdir():
-        os.replace(path, folder / path.name)
-    aside.rmdir()
+    model.save_pretrained(folder, **options)
+    tokenizer.save_pretrained(folder)
 
 
-# ---- constants and files: the same in every script ------------------------------------------------------------------
+# ---- constants and run folders: the same in every script ------------------------------------------------------------
 
 
 def configure(argv: list[str]) -> dict:
     """Sets constants of this script and reward.py from NAME=value or --name=value, and returns all of them.
 
-    The lines at the top of a script run again in order, so what depends on a changed constant follows it. Exits if no
+    The top of each file runs again with these values, so what depends on a changed constant follows it. Exits if no
     script has the name. Constants of other scripts are ignored, because make passes every one to every script.
     """
-    with contextlib.suppress(AttributeError):
-        sys.stdout.reconfigure(errors="backslashreplace")        # a terminal without UTF-8 stops no run
+    own, constants = Path(__file__), {}
     given = {name.lstrip("-").upper(): value for name, _, value in (word.partition("=") for word in argv)}
-    own, constants, known = Path(__file__), {}, set()
     if {"H", "HELP"} & given.keys():
         print(own.read_text(encoding="utf-8").partition("\n\n\n#")[0])
         sys.exit()
-    for path in [own.with_name(f"{name}.py") for name in ("reward", "data_prep", "sft", "grpo", "eval")]:
-        for node in ast.parse(path.read_text(encoding="utf-8")).body if path.is_file() else ():
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                break
-            if isinstance(node, (ast.If, ast.AugAssign, ast.AnnAssign)):
-                sys.exit(f"{path}:{node.lineno}: write a constant as NAME = expression, else it is not what runs")
-            name = getattr(node.targets[0], "id", "") if isinstance(node, ast.Assign) else ""
-            if not name.isupper():
-                continue
-            known.add(name)
-            if path.stem in ("reward", own.stem):
-                scope = globals() if path == own else vars(reward)
-                exec(compile(ast.Module([node], []), str(path), "exec"), scope)
-                kind = int if isinstance(scope[name], bool) else type(scope[name])
-                try:
-                    constants[name] = scope[name] = kind(given.get(name, scope[name]))
-                except ValueError:
-                    sys.exit(f"{name} must be of type {kind.__name__}, not {given[name]!r}")
+    sources = "".join(path.read_text(encoding="utf-8") for path in own.parent.glob("*.py"))
+    known = set(re.findall(r"^([A-Z]\w*) = ", sources, re.M))
     for name in given.keys() - known:
         sys.exit(f"no script has a constant {name}; nearest: {', '.join(difflib.get_close_matches(name, known))}")
-    return constants
+    for path, scope in ((Path(reward.__file__), vars(reward)), (own, globals())):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        top = ast.Module(list(itertools.takewhile(lambda node: not isinstance(node, ast.FunctionDef), body)), [])
+        for node in ast.walk(top):
+            name = getattr(node.targets[0], "id", "") if isinstance(node, ast.Assign) else ""
+            if name.isupper():
+                constants[name] = scope
+                if name in given:
+                    kind = int if isinstance(scope[name], bool) else type(scope[name])
+                    try:
+                        node.value = ast.copy_location(ast.Constant(kind(given[name])), node.value)
+                    except ValueError:
+                        sys.exit(f"{name} must be of type {kind.__name__}, not {given[name]!r}")
+        exec(compile(top, str(path), "exec"), scope)
+    return {name: scope[name] for name, scope in constants.items()}
 
 
 def open_run(folder: Path, constants: dict, inputs: dict) -> Path:
-    """Makes the folder of a new run, or opens the same run to go on; a different run is kept as NAME.1, NAME.2, ...
+    """Opens the folder of a run: the same run goes on, a different one is first renamed to NAME.1, NAME.2, ...
 
-    The same run has the same inputs and constants, except for those in `free`; if it is complete, the script ends here.
+    The same run has the same inputs and constants, except for those in `free`. Exits if it is complete or in use.
     Returns the folder without links, so that a link to another disk stays one.
     """
     folder = folder.resolve()
@@ -499,10 +478,8 @@ def open_run(folder: Path, constants: dict, inputs: dict) -> Path:
     open_run.lock = open(folder.with_name(f".{folder.name}.lock"), "a")        # held until the process ends
     try:
         fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        sys.exit(f"{folder} is in use by another process: wait for it, or set OUT= to another folder")
     except OSError as error:
-        print(f"{folder} is not locked, do not start a second run in it: {error}")      # not every disk has locks
+        sys.exit(f"{folder} is in use by another process, set OUT= to another folder: {error}")
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}
     run = json.loads(json.dumps({"constants": constants, "inputs": inputs, "versions": versions}))
     if (folder / "run.json").is_file():
@@ -510,15 +487,15 @@ def open_run(folder: Path, constants: dict, inputs: dict) -> Path:
         before, now = ({name: value for name, value in each["constants"].items() if name not in free} | each["inputs"]
                        for each in (old, run))
         changed = [name for name in before | now if before.get(name) != now.get(name)]
-        if not changed and (folder / "summary.json").is_file():
-            print(f"{folder} is complete")
-            sys.exit()
         if changed:
             kept = next(path for path in map(f"{folder}.{{}}".format, itertools.count(1)) if not Path(path).exists())
             changes = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed)
-            print(f"{folder} holds a different run, moved to {kept} (rename it back to go on with it): {changes}")
+            print(f"{folder} holds a different run, moved to {kept} (rename it back to continue it): {changes}")
             folder.rename(kept)
-    folder.mkdir(parents=True, exist_ok=True)
+        elif (folder / "summary.json").is_file():
+            print(f"{folder} is complete")
+            sys.exit()
+    folder.mkdir(exist_ok=True)
     write_json(folder / "run.json", run)
     shutil.copy(__file__, folder)
     shutil.copy(reward.__file__, folder)

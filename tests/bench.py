@@ -168,7 +168,7 @@ def our_steps(policy: str, data: str, steps: int, **constants) -> float:
     """
     with tempfile.TemporaryDirectory() as out, open(os.devnull, "w") as nowhere:
         constants = {"SFT": policy, "DATA": data, "OUT": out, "STEPS": steps + 1, "EVAL_EVERY": 10**6,
-                     "SAVE_EVERY": 10**6, **constants}
+                     **constants}
         sys.argv = ["grpo.py", *(f"{name}={value}" for name, value in constants.items())]
         with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             grpo.main()

@@ -21,7 +21,7 @@ DATA = {"lowest": 3, "highest": 5, "val_hands": 3, "test_hands": 3, "traces_per_
 SFT = {"model": "tiny", "tiny_layers": 2, "batch_tokens": 512, "sft_steps": 12, "sft_eval_every": 3, "save_every": 2}
 TRAINED = {**SFT, "sft_steps": 100, "sft_eval_every": 100, "save_every": 100}
 GRPO = {"model": "tiny", "prompts_per_step": 3, "group_size": 6, "max_new_tokens": 70, "temperature": 1.2, "steps": 8,
-        "eval_every": 2, "eval_samples": 1, "patience": 100, "samples_every": 2, "warmup": 1, "save_every": 2}
+        "eval_every": 2, "eval_samples": 1, "patience": 100, "warmup": 1, "lr": 2e-4}
 
 SERVER = """
 import gc, json, os, runpy, sys, traceback

@@ -12,18 +12,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
-        server = self.server
+        server, authorization = self.server, self.headers["Authorization"]
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         message = request["messages"][-1]["content"]
         with server.lock:
             server.asked[message] += 1
-            server.requests.append((self.path, request))
+            server.requests.append((self.path, request, authorization))
             step = server.script[message].pop(0) if server.script[message] else {"content": f"re: {message}"}
         server.stopped.wait(server.latency)
         if callable(step):
             step(self)
         elif isinstance(step, int):
-            self.reply(step, json.dumps({"error": {"message": f"no: {self.headers['Authorization']}"}}).encode())
+            self.reply(step, json.dumps({"error": {"message": f"no: {authorization}"}}).encode())
         elif isinstance(step, bytes):
             self.reply(200, step)
         else:
@@ -31,7 +31,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, status, body, **headers):
         self.send_response(status)
-        for name, value in {"Content-Length": len(body), **headers}.items():
+        for name, value in {"Content-Length": len(body), "Content-Type": "application/json", **headers}.items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         self.wfile.write(body)
@@ -46,18 +46,17 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, request, client_address):
         pass        # clients that are killed or lose patience
 
+    def close(self):
+        self.stopped.set()
+        self.shutdown()
+        self.server_close()
+
 
 def serve() -> Server:
-    """Starts a server: asked (requests by message), requests (path and body), script, latency, url, close()."""
+    """Starts a server: asked (requests by message), requests (path, body, authorization), script, latency, url."""
     server = Server(("127.0.0.1", 0), Handler)
     server.asked, server.requests, server.script, server.latency = Counter(), [], defaultdict(list), 0
     server.lock, server.stopped = threading.Lock(), threading.Event()
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def close():
-        server.stopped.set()
-        server.shutdown()
-        server.server_close()
-    server.close = close
     return server

@@ -7,40 +7,31 @@ from collections.abc import Iterator
 
 import opencc
 
-EXACT = 0.08         # shares of all texts; the others are unique
-NEAR = 0.08
-FOREIGN = 0.05
+FOREIGN, EXACT, NEAR = 0.05, 0.08, 0.08         # shares of all texts; the others are unique
 to_traditional, to_simplified = (opencc.OpenCC(name).convert for name in ("s2t", "t2s"))
 
 
-def pairs(text: str) -> list[str]:
-    """The two-character words of a string without separators."""
-    return [text[i:i + 2] for i in range(0, len(text), 2)]
-
-
-WORDS = {
-    "n": pairs("月光星空海浪春风秋雨白云青山河流森林草原沙漠故乡村庄城市街道灯火窗户烟火酒杯书信日记照片镜子钥匙雨伞"
+WORDS = {       # of two characters each
+    "n": ("月光星空海浪春风秋雨白云青山河流森林草原沙漠故乡村庄城市街道灯火窗户烟火酒杯书信日记照片镜子钥匙雨伞"
                "外套毛衣吉他钢琴歌声旋律舞步掌声眼泪笑容目光身影脚步心跳呼吸梦境记忆誓言秘密谎言承诺约定孤独寂寞温柔悲伤"
                "快乐幸福自由勇气青春岁月时光年华童年命运缘分爱情友情火车轮船飞机站台码头桥梁灯塔帆船风筝气球蝴蝶蜻蜓燕子"
                "海鸥鸽子老鹰鲸鱼骏马羊群玫瑰百合樱花茉莉荷叶枫叶种子麦田稻谷葡萄苹果橘子柠檬咖啡清茶糖果蜂蜜面包雪花"),
-    "v": pairs("追逐寻找等待拥抱亲吻告别离开归来流浪漂泊飞翔奔跑行走停留守护珍惜忘记想念回忆期待渴望相信怀疑原谅伤害"
+    "v": ("追逐寻找等待拥抱亲吻告别离开归来流浪漂泊飞翔奔跑行走停留守护珍惜忘记想念回忆期待渴望相信怀疑原谅伤害"
                "拯救点燃熄灭照亮遮住打开关闭穿过越过跨过翻过听见看见遇见梦见带走留下藏起收集洒落飘落坠落升起燃烧融化"),
-    "a": pairs("温暖寒冷明亮黑暗遥远漫长短暂永恒美丽平凡安静喧闹柔软坚硬轻盈沉重甜蜜苦涩透明模糊清晰陌生熟悉古老年轻"),
-    "p": pairs("江南塞北东海西湖北方南方天边海边河边山顶山谷路口巷口门前窗前楼上岸上心底心间梦里雨中雪中风中夜里"),
-    "t": pairs("清晨黄昏午夜黎明傍晚昨天今天明天去年今年来年春天夏天秋天冬天初春盛夏深秋寒冬从前如今往后一生此刻瞬间"),
+    "a": ("温暖寒冷明亮黑暗遥远漫长短暂永恒美丽平凡安静喧闹柔软坚硬轻盈沉重甜蜜苦涩透明模糊清晰陌生熟悉古老年轻"),
+    "p": ("江南塞北东海西湖北方南方天边海边河边山顶山谷路口巷口门前窗前楼上岸上心底心间梦里雨中雪中风中夜里"),
+    "t": ("清晨黄昏午夜黎明傍晚昨天今天明天去年今年来年春天夏天秋天冬天初春盛夏深秋寒冬从前如今往后一生此刻瞬间"),
 }
 TEMPLATES = ("{t}{v}{a}的{n}", "{a}的{n}{v}着{n}", "{n}在{p}{v}{a}的{n}", "我在{p}{v}{n}和{n}", "你{v}了{a}的{n}",
              "{p}的{n}那么{a}", "{t}我{v}{a}{n}", "让{n}{v}{p}的{n}", "谁在{t}{v}{n}", "{n}也会{v}成{n}",
              "{a}又{a}的{n}啊", "把{n}{v}在{p}", "不再{v}那{a}{n}", "{v}过{p}{v}过{n}", "我为你{v}{n}，你为我{v}{n}")
 CREDITS = ("作词：张小明", "词曲：李晓雨", "编曲:王一鸣", "演唱：赵子墨", "词/曲：陈天宇", "作词/作曲：林若溪",
-           "混音师：周小明", "制作人：吴晓雨", "吉他：郑一鸣", "和声：黄子墨", "OP：天宇音乐", "监制：若溪",
-           "录音室：长安录音棚", "出品：江南工作室", "Lyrics by: Li Bai")
+           "混音师：周小明", "吉他：郑一鸣", "OP：天宇音乐", "录音室：长安录音棚", "Lyrics by: Li Bai")
 NOTES = ("来源：网络", "歌词来自：千千歌词", "更多歌词请访问 http://lyrics.example.com", "www.example.com",
          "QQ群：12345678", "微信公众号：好歌词", "转载请注明出处", "不得转载", "上一首 下一首", "收藏 分享 打印")
 FOREIGN_TEXTS = ("the rain is falling on the old stone bridge\nand I keep walking through the silent town",
                  "雨が降る夜に君を思い出す\n遠い空の下で歌っている\n花が咲く季節にまた会おう",
-                 "비가 내리는 밤에 너를 생각해\n먼 하늘 아래에서 노래를 부른다",
-                 "идёт дождь над старым мостом\nи я иду по тихому городу",
+                 "비가 내리는 밤에 너를 생각해\n먼 하늘 아래에서 노래를 부른다", "идёт дождь над старым мостом",
                  "for (int i = 0; i < n; ++i) { sum += a[i]; }\nimport os, sys  # 读取文件")
 
 
@@ -50,7 +41,7 @@ def han(text: str) -> str:
 
 def write_lines(rng: random.Random) -> list[str]:
     """About 20 lines over a few words, so that no two texts share three lines by chance."""
-    words = {kind: rng.sample(WORDS[kind], count) for kind, count in zip("nvapt", (10, 7, 5, 3, 3))}
+    words = {kind: rng.sample(re.findall("..", WORDS[kind]), n) for kind, n in zip("nvapt", (10, 7, 5, 3, 3))}
     lines = {}
     for _ in range(rng.randint(17, 26)):
         line = re.sub("{(.)}", lambda slot: rng.choice(words[slot[1]]), rng.choice(TEMPLATES))
@@ -84,10 +75,7 @@ def as_lrc(lines: list[str], rng: random.Random) -> str:
 
 
 def as_html(text: str, rng: random.Random) -> str:
-    body = "\n".join(f'<p class="lyric">{html.escape(line)}</p>' for line in text.split("\n"))
-    if rng.random() < 0.5:
-        body = html.escape(text).replace("\n", rng.choice(("<br>", "<br/>\n", "<BR />")))
-    body = body.replace("，", rng.choice(("，", "&#65292;"))) + "&nbsp;"
+    body = html.escape(text).replace("\n", rng.choice(("<br>", "<br/>\n", "</p><p class='lyric'>"))) + "&nbsp;"
     head = "<head><title>歌词</title><style>p { color: red }</style></head>"
     return f"<html>{head}<body><script>var a = '歌词' < 1;</script><!-- 广告 --><div>{body}</div></body></html>"
 

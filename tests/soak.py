@@ -21,7 +21,7 @@ from commands import DATA, GRPO, SFT, TRAINED, Commands, done
 from test_resume import LORA, empty, flip, halve, same_runs
 
 LONG_SFT = {**SFT, "sft_eval_every": 50, "save_every": 5}
-LONG_GRPO = {**GRPO, "eval_every": 20, "save_every": 2}
+LONG_GRPO = {**GRPO, "eval_every": 20}
 RUNS = {("sft", "fp32"): {**LONG_SFT, "sft_steps": 1000},
         ("sft", "lora"): {**LONG_SFT, **LORA, "init_from": "{}/sft", "sft_steps": 500},
         ("grpo", "fp32"): {**LONG_GRPO, "sft": "{}/sft", "steps": 200},

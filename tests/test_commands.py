@@ -290,7 +290,8 @@ def test_bad_missing_and_overlapping_data_are_named(run, root, script, split):
 @pytest.mark.parametrize("name", ["Qwen/Qwen2.5-0.5B-that-is-not-there", "runs/game24/stf"])
 def test_model_out_of_reach_is_explained(run, trained, tmp_path, script, name):
     output = refused(run(script, **TRAIN, **start_from(script, name), out=tmp_path, data=trained / "data"))
-    assert name in output and ("MODEL=tiny" in output or "make train" in output) and not (tmp_path / script).exists()
+    assert name in output and ("needs no download" in output or "make train" in output)
+    assert not (tmp_path / script).exists()
 
 
 @pytest.mark.parametrize("script", ["sft", "grpo", "eval"])
@@ -298,7 +299,7 @@ def test_policy_of_another_kind_of_model_is_refused(run, trained, pretrained, tm
     settings = {**TRAIN, "out": tmp_path, "data": trained / "data", **LORA}
     for model, policy in (("some/model", trained / "sft"), ("tiny", pretrained)):
         output = refused(run(script, **settings | start_from(script, policy) | {"model": model}))
-        assert f"MODEL={model}," in output and str(policy) in output
+        assert f"MODEL={model}" in output and str(policy) in output
 
 
 @pytest.mark.parametrize("script", ["sft", "grpo", "eval"])

@@ -138,10 +138,9 @@ def test_run_stores_its_constants_and_an_edited_comment_changes_nothing(run, cop
     assert "GRAD_CLIP was 1.0, is 2.0" in done(run(copies / "sft.py", **settings))
 
 
-@pytest.mark.parametrize("line", ["STEPS += 1", "if TASK == 'game24': STEPS = 2", "STEPS: int = 2"])
-def test_constant_that_would_be_ignored_is_refused(run, copies, line):
+def test_a_constant_in_an_if_runs_too(run, copies):
     path = copies / "grpo.py"
-    source = path.read_text(encoding="utf-8").replace("\nfree = {", f"\n{line}\nfree = {{", 1)
+    source = path.read_text(encoding="utf-8").replace("\nfree = {", "\nif TASK == 'game24': STEPS = 2\nfree = {", 1)
     path.write_text(source, encoding="utf-8")
-    number = source.split("\n").index(line) + 1
-    assert f"grpo.py:{number}: write a constant as NAME = expression" in refused(run(path))
+    steps = [constants(run, copies, "grpo", *words)["STEPS"] for words in ([], ["STEPS=7"], ["TASK=lyrics"])]
+    assert steps[:2] == [2, 7] and steps[2] > 7

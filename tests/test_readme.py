@@ -1,0 +1,77 @@
+"""The Python of the README runs: a task of your own, TRL on two processes, the parquet file for verl."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pyarrow.parquet
+import pytest
+from commands import DATA, ENVIRONMENT, ROOT, TRAINED, done, load, read
+
+import reward
+
+BLOCKS = {language: re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+          for language, name in (("en", "README.md"), ("zh", "README.zh.md"))}
+OWN_REWARD, OWN_DATA, TRL, VERL = BLOCKS["en"]
+SMALL = ('output_dir="runs/trl", use_cpu=True, bf16=False, max_steps=2, per_device_train_batch_size=4, '
+         'num_generations=4, max_completion_length=16, logging_steps=1, report_to=[]')
+
+
+def test_both_languages_have_the_same_code():
+    without_comments = [[re.sub(r" *#.*", "", block) for block in blocks] for blocks in BLOCKS.values()]
+    assert without_comments[0] == without_comments[1]
+
+
+@pytest.fixture(scope="module")
+def project(run, tmp_path_factory):
+    """A folder with reward.py and a small finished run."""
+    root = tmp_path_factory.mktemp("project")
+    done(run("data_prep", out=root / "runs/game24", **DATA))
+    done(run("sft", out=root / "runs/game24", **TRAINED))
+    shutil.copytree(root / "runs/game24/sft", root / "runs/game24/export")
+    shutil.copy(ROOT / "reward.py", root)
+    return root
+
+
+def execute(folder, code, *launcher) -> str:
+    (folder / "script.py").write_text(code, encoding="utf-8")
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(folder)}
+    command = [sys.executable, *launcher, "script.py"]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_trl_trains_on_two_processes(project):
+    assert 'output_dir="runs/trl"' in TRL
+    code = TRL.replace('output_dir="runs/trl"', SMALL)
+    execute(project, code, "-m", "torch.distributed.run", "--nproc_per_node", "2")
+    steps = load(project / "runs/trl/checkpoint-2/trainer_state.json")["log_history"]
+    assert [step["step"] for step in steps if "reward" in step] == [1, 2] and steps[0]["rewards/game24/mean"] > 0
+
+
+def test_the_parquet_for_verl_scores_like_the_rows(project):
+    execute(project, VERL)
+    rows = read(project / "runs/game24/data/train.jsonl")
+    table = pyarrow.parquet.read_table(project / "runs/game24/data/train.parquet").to_pylist()
+    assert len(table) == len(rows)
+    for row, line in zip(rows, table):
+        assert line["prompt"] == [{"role": "user", "content": row["prompt"]}]
+        result = reward.compute_score(line["data_source"], row["completion"], line["reward_model"]["ground_truth"])
+        assert result["acc"] == 1 and result["score"] == reward.score("game24", row["completion"], row)["reward"]
+
+
+def test_a_task_of_your_own_learns(run, tmp_path):
+    for name in ("sft", "grpo", "eval", "reward"):
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    with open(tmp_path / "reward.py", "a", encoding="utf-8") as file:
+        file.write(f"\n\n{OWN_REWARD}")
+    execute(tmp_path, OWN_DATA)
+    settings = {"task": "sort", "model": "tiny", "cwd": tmp_path}
+    done(run(tmp_path / "sft.py", sft_steps=40, tiny_layers=2, **settings))
+    done(run(tmp_path / "grpo.py", steps=2, prompts_per_step=4, eval_samples=1, max_new_tokens=8, **settings))
+    log = read(tmp_path / "runs/sort/grpo/log.jsonl")
+    assert 0 < log[1]["parts/places"] < 1 and log[1]["grad_norm"] > 0
+    done(run(tmp_path / "eval.py", samples=1, max_new_tokens=8, **settings))
+    assert load(tmp_path / "runs/sort/eval/metrics.json")["grpo"]["places"] > 0
