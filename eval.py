@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -171,6 +172,7 @@ def complete_rows(model, tokenizer, rows: list[dict], samples) -> list[dict]:
             ids = ids[:next((place + 1 for place, token in enumerate(ids) if token in eos_ids), len(ids))]
             text = tokenizer.decode(ids, skip_special_tokens=True)
             scores = reward.score(TASK, text, row, truncated=ids[-1] not in eos_ids)
+            scores = {name: float(value) for name, value in scores.items()}
             completed.append({**row, **scores, "completion": text, "sample": sample, "tokens": len(ids)})
     return completed
 
@@ -186,6 +188,8 @@ def read_prompts(path: Path, train: Path) -> list[dict]:
     else:
         text = opencc.OpenCC("t2s").convert(path.read_text(encoding="utf-8-sig"))      # simplified, as the corpus is
         rows = [reward.question(TASK, line) for line in text.split("\n") if line.strip()]
+    if not rows:
+        sys.exit(f"{path} has nothing to evaluate")
     if train.is_file():
         reward.refuse_overlap(TASK, reward.read_rows(TASK, train, "prompt"), rows, path)
     return [{"id": number, **row} for number, row in enumerate(rows)]
@@ -228,9 +232,9 @@ def ask(policies: dict[str, str]) -> None:
         verdict = "right" if answer["correct"] else "wrong" if answer["answered"] else "unfinished"
         scores = ", ".join(f"{part} {value:.2f}" for part, value in answer.items() if isinstance(value, float))
         print(f"\n=== {name}: {row['prompt']}")
-        lines = answer["completion"].split("\n")
-        values = reward.line_rewards(answer["completion"], row) if TASK == "game24" else [0.5] * len(lines)
-        for line, value in zip(lines, values):      # green: leads to the target, yellow: a dead end, red: wrong
+        lines, line_rewards = answer["completion"].split("\n"), reward.LINE_REWARDS.get(TASK)
+        rewards = line_rewards(answer["completion"], row) if line_rewards else [math.nan] * len(lines)
+        for line, value in zip(lines, rewards):      # green: leads to the target, yellow: a dead end, red: wrong
             print(f"\033[{ {1.0: 32, 0.0: 33, -1.0: 31}.get(value, 0)}m{line}\033[0m" if sys.stdout.isatty() else line)
         print(f"--- {name}: {verdict}, {answer['tokens']} tokens, {scores}", flush=True)
 
@@ -604,23 +608,23 @@ def configure(argv: list[str]) -> dict:
     if {"H", "HELP"} & given.keys():
         print(own.read_text(encoding="utf-8").partition("\n\n\n#")[0])
         sys.exit()
-    sources = "".join(path.read_text(encoding="utf-8") for path in own.parent.glob("*.py"))
-    known = set(re.findall(r"^([A-Z]\w*) = ", sources, re.M))
+    tops = [path.read_text(encoding="utf-8").partition("\ndef ")[0] for path in own.parent.glob("*.py")]
+    known = set(re.findall(r"^([A-Z]\w*) *=", "\n".join(tops), re.M))
     for name in given.keys() - known:
         sys.exit(f"no script has a constant {name}; nearest: {', '.join(difflib.get_close_matches(name, known))}")
     for path, scope in ((Path(reward.__file__), vars(reward)), (own, globals())):
         body = ast.parse(path.read_text(encoding="utf-8")).body
         top = ast.Module(list(itertools.takewhile(lambda node: not isinstance(node, ast.FunctionDef), body)), [])
         for node in ast.walk(top):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id.isupper():
+                constants[node.id] = scope
             name = getattr(node.targets[0], "id", "") if isinstance(node, ast.Assign) else ""
-            if name.isupper():
-                constants[name] = scope
-                if name in given:
-                    kind = int if isinstance(scope[name], bool) else type(scope[name])
-                    try:
-                        node.value = ast.copy_location(ast.Constant(kind(given[name])), node.value)
-                    except ValueError:
-                        sys.exit(f"{name} must be of type {kind.__name__}, not {given[name]!r}")
+            if name in given:
+                kind = int if isinstance(scope[name], bool) else type(scope[name])
+                try:
+                    node.value = ast.copy_location(ast.Constant(kind(given[name])), node.value)
+                except ValueError:
+                    sys.exit(f"{name} must be of type {kind.__name__}, not {given[name]!r}")
         exec(compile(top, str(path), "exec"), scope)
     return {name: scope[name] for name, scope in constants.items()}
 

@@ -197,8 +197,8 @@ def score_game24(completion: str, row: dict, truncated: bool) -> dict[str, float
             "answered": float(answered), "steps": float(counted), "lines": float(len(lines))}
 
 
-def line_rewards(completion: str, row: dict) -> list[float]:
-    """Reward of each line of a game24 completion, for CREDIT=steps; NaN if it is not a line of reasoning.
+def game24_line_rewards(completion: str, row: dict) -> list[float]:
+    """Reward of each line of a completion, NaN if it is not a line of reasoning.
 
     1: a right step after which the target can still be made, or a composing line; 0: a right step into a dead end;
     -1: a wrong or repeated one.
@@ -378,6 +378,8 @@ def score_lyrics(completion: str, row: dict, truncated: bool) -> dict[str, float
 
 # of a task: what refuses an unusable row, here by its prompt, and what scores a completion
 TASKS = {"game24": (hand_prompt, score_game24), "lyrics": (keywords_prompt, score_lyrics)}
+# of tasks that have one: what rewards each line of a completion (CREDIT=steps of grpo.py)
+LINE_REWARDS = {"game24": game24_line_rewards}
 
 
 def check_row(task: str, row: dict) -> None:
@@ -524,4 +526,4 @@ def refuse_overlap(task: str, train: list[dict], held_out: list[dict], path: Pat
     shared = [row["prompt"] for row in held_out if identity(task, row) in trained_on]
     if shared:
         sys.exit(f"{len(shared)} of {len(held_out)} rows of {path} are in train.jsonl too, such as {shared[0]!r}: "
-                 "results on them would be meaningless. Make data that holds them out")
+                 "results on them would be meaningless. Make data that holds them out (hands: `make train HOLDOUT=`)")

@@ -446,23 +446,23 @@ def configure(argv: list[str]) -> dict:
     if {"H", "HELP"} & given.keys():
         print(own.read_text(encoding="utf-8").partition("\n\n\n#")[0])
         sys.exit()
-    sources = "".join(path.read_text(encoding="utf-8") for path in own.parent.glob("*.py"))
-    known = set(re.findall(r"^([A-Z]\w*) = ", sources, re.M))
+    tops = [path.read_text(encoding="utf-8").partition("\ndef ")[0] for path in own.parent.glob("*.py")]
+    known = set(re.findall(r"^([A-Z]\w*) *=", "\n".join(tops), re.M))
     for name in given.keys() - known:
         sys.exit(f"no script has a constant {name}; nearest: {', '.join(difflib.get_close_matches(name, known))}")
     for path, scope in ((Path(reward.__file__), vars(reward)), (own, globals())):
         body = ast.parse(path.read_text(encoding="utf-8")).body
         top = ast.Module(list(itertools.takewhile(lambda node: not isinstance(node, ast.FunctionDef), body)), [])
         for node in ast.walk(top):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id.isupper():
+                constants[node.id] = scope
             name = getattr(node.targets[0], "id", "") if isinstance(node, ast.Assign) else ""
-            if name.isupper():
-                constants[name] = scope
-                if name in given:
-                    kind = int if isinstance(scope[name], bool) else type(scope[name])
-                    try:
-                        node.value = ast.copy_location(ast.Constant(kind(given[name])), node.value)
-                    except ValueError:
-                        sys.exit(f"{name} must be of type {kind.__name__}, not {given[name]!r}")
+            if name in given:
+                kind = int if isinstance(scope[name], bool) else type(scope[name])
+                try:
+                    node.value = ast.copy_location(ast.Constant(kind(given[name])), node.value)
+                except ValueError:
+                    sys.exit(f"{name} must be of type {kind.__name__}, not {given[name]!r}")
         exec(compile(top, str(path), "exec"), scope)
     return {name: scope[name] for name, scope in constants.items()}
 

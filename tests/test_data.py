@@ -1,21 +1,18 @@
 """The data folders that data_prep.py makes: hands and traces of game24, the recipes and the table of lyrics."""
 
-import collections
 import itertools
 import json
 import os
-import random
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from commands import ROOT, load, read, write
 
 import data_prep
 import reward
 
-ROOT = Path(__file__).resolve().parents[1]
 CORPUS = ROOT / "assets/verses.jsonl"
 SMALL = {"TRACES_PER_HAND": 2, "VAL_HANDS": 5, "TEST_HANDS": 5, "HIGHEST": 6}
 FEW = CORPUS.read_text(encoding="utf-8").split("\n")[:72]
@@ -30,25 +27,12 @@ def prepare(out, **constants):
     return result.returncode, result.stdout
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
 def splits(folder):
     return {name: read(folder / f"{name}.jsonl") for name in ("train", "val", "test")}
 
 
 def files(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.jsonl")}
-
-
-def write(path, *lines):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-# ---- game24 ---------------------------------------------------------------------------------------------------------
 
 
 def hands_of(folder):
@@ -68,79 +52,71 @@ def test_all_hands(tmp_path):
         assert len(row["completion"].replace("\n", " \n ").split(" ")) <= data_prep.MAX_TRACE_TOKENS
     assert len({row["id"] for row in rows}) == len(rows) == len({row["completion"] for row in rows})
     assert any(row["numbers"] != sorted(row["numbers"]) for row in rows)
-    summary = json.loads((tmp_path / "data/summary.json").read_text())
+    summary = load(tmp_path / "data/summary.json")
     assert (summary["hands"], summary["solvable"], summary["test"]["rows"]) == (1820, 1362, 272)
 
 
-def test_same_seed_same_bytes_and_a_finished_run_is_left_alone(tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        prepare(tmp_path / name, SEED=seed, **SMALL)
-    a, b, c = (files(tmp_path / name / "data") for name in "abc")
-    assert a == b and all(a[name] != c[name] for name in a)
-    assert "is complete" in prepare(tmp_path / "a", SEED=0, **SMALL)[1]
-    assert "SEED was 0, is 1" in prepare(tmp_path / "a", SEED=1, **SMALL)[1]
-    assert files(tmp_path / "a/data") == c and files(tmp_path / "a/data.1") == a
-    (tmp_path / "a/data/summary.json").unlink()         # as if it had been cut off
-    (tmp_path / "a/data/val.jsonl").unlink()
-    prepare(tmp_path / "a", SEED=1, **SMALL)
-    assert files(tmp_path / "a/data") == c and not (tmp_path / "a/data.2").exists()
-
-
-def test_a_link_to_another_disk_stays_one(tmp_path):
-    (tmp_path / "disk/data").mkdir(parents=True)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/data").symlink_to(tmp_path / "disk/data")
-    for seed in (0, 1):
-        assert prepare(tmp_path / "run", SEED=seed, **SMALL)[0] == 0
-    assert (tmp_path / "run/data").is_symlink() and (tmp_path / "disk/data.1").is_dir()
-    assert (tmp_path / "disk/data/train.jsonl").is_file()
-
-
-def test_other_target(tmp_path):
-    prepare(tmp_path, TARGET=10, **SMALL)
-    rows = read(tmp_path / "data/train.jsonl")
-    assert all(reward.score("game24", row["completion"], row)["outcome"] == 1 for row in rows)
-    assert all(row["prompt"].startswith("Make 10 from") and row["target"] == 10 for row in rows) and rows
-
-
-def test_hands_held_out_are_the_test_split(tmp_path):
-    hands = write(tmp_path / "hands.txt", "4 4 4 4", "6 5 3 4", "", "5 6 4 3", "1 1 1 1")
-    output = prepare(tmp_path, HOLDOUT=hands, **SMALL)[1]
-    assert "these cannot make 24 and are left out: [(1, 1, 1, 1)]" in output
+def test_hands_held_out_are_the_test_split_also_of_another_target(tmp_path):
+    hands = write(tmp_path / "hands.txt", "4 3 2 1", "6 5 3 4", "", "5 6 4 3", "1 1 1 1")
+    output = prepare(tmp_path, HOLDOUT=hands, TARGET=10, **SMALL)[1]
+    assert "these cannot make 10 and are left out: [(1, 1, 1, 1)]" in output
     found = hands_of(tmp_path / "data")
-    assert found["test"] == {(4, 4, 4, 4), (3, 4, 5, 6)} and not found["test"] & (found["train"] | found["val"])
+    assert found["test"] == {(1, 2, 3, 4), (3, 4, 5, 6)} and not found["test"] & (found["train"] | found["val"])
     every = itertools.combinations_with_replacement(range(1, 7), 4)
-    assert set().union(*found.values()) == {hand for hand in every if reward.solvable(hand, 24)}
-    write(hands, "4 4 4 4")
-    assert "hands of HOLDOUT was" in prepare(tmp_path, HOLDOUT=hands, **SMALL)[1]
+    assert set().union(*found.values()) == {hand for hand in every if reward.solvable(hand, 10)}
+    for row in read(tmp_path / "data/train.jsonl"):
+        assert row["prompt"].startswith("Make 10 from") and row["target"] == 10
+        assert reward.score("game24", row["completion"], row)["outcome"] == 1
+    write(hands, "4 3 2 1")
+    assert "hands of HOLDOUT was" in prepare(tmp_path, HOLDOUT=hands, TARGET=10, **SMALL)[1]
 
 
 @pytest.mark.parametrize("lines", [
-    ["4 4 4 4", "6 5 3 4"], ["4,4,4,4", "6, 5, 3, 4"], ["\ufeff4\t4\t4\t4", " 6 5 3 4 "],
-    ["n1,n2,n3,n4,target", "4,4,4,4,24", "6,5,3,4,24"], ["rank,a,b,c,d", "1,4,4,4,4", "2,6,5,3,4"],
+    ["4,4,4,4", "6, 5, 3, 4"], ["\ufeff4\t4\t4\t4", " 6 5 3 4 "], ["rank,a,b,c,d", "1,4,4,4,4", "2,6,5,3,4"],
+    ["n1,n2,n3,n4,target", "4,4,4,4,24", "6,5,3,4,24"],
     ["Rank,Puzzles,AMT (s),Solved rate", "1,4 4 4 4,4.4,99.2%", "2,6 5 3 4,4.7,99.0%"]])
 def test_forms_of_hands(tmp_path, lines):
     assert reward.read_hands(write(tmp_path / "hands.csv", *lines)) == [(4, 4, 4, 4), (3, 4, 5, 6)]
 
 
-@pytest.mark.parametrize("line", [
-    "4 5 6", "4 5 6 x", "4 5 6 0", "4 5 6 7 8", "4 5 6 -7", "4,5,6,7.5", "3,3,8,8,24", "4 5 6 ７"])
-@pytest.mark.parametrize("before", [[], ["4 4 4 4"]])
-def test_lines_that_are_no_hand_are_named(tmp_path, before, line):
-    with pytest.raises(SystemExit) as error:
-        reward.read_hands(write(tmp_path / "hands.csv", *before, line))
-    assert f"hands.csv:{len(before) + 1}: four positive integers are expected, not {line!r}" in str(error.value)
+@pytest.mark.parametrize("line", ["4 5 6", "4 5 6 x", "4 5 6 0", "4 5 6 7 8", "4 5 6 -7", "4,5,6,7.5", "4 5 6 ７"])
+def test_lines_that_are_no_hand_are_named(tmp_path, line):
+    for before in ([], ["4 4 4 4"]):
+        with pytest.raises(SystemExit) as error:
+            reward.read_hands(write(tmp_path / "hands.csv", *before, line))
+        assert f"hands.csv:{len(before) + 1}: four positive integers are expected, not {line!r}" in str(error.value)
 
 
-@pytest.mark.parametrize("option, reason", [
-    ({"HIGHEST": 1}, "no hand is left"), ({"TEST_HANDS": 2000}, "no hand is left"), ({"TASK": "chess"}, "TASK=chess"),
-    ({"HOLDOUT": os.devnull}, "no hand in it")])
-def test_impossible_data_is_refused(tmp_path, option, reason):
-    status, output = prepare(tmp_path, **{**SMALL, **option})
+WITH_A_COMMON_LINE = [json.dumps({"text": "我们一起来唱歌\n" + json.loads(line)["text"]}) for line in FEW]
+
+
+@pytest.mark.parametrize("option, texts, reason", [
+    ({"TEST_HANDS": 2000}, [], "no hand is left"), ({"TASK": "chess"}, [], "TASK=chess"),
+    ({"HOLDOUT": os.devnull}, [], "no hand in it"),
+    *(({"TASK": "lyrics"}, texts, "too few texts") for texts in (FEW[:40], WITH_A_COMMON_LINE, FEW[:1] * 90))])
+def test_impossible_data_is_refused(tmp_path, option, texts, reason):
+    raw = write(tmp_path / "raw.jsonl", *texts)
+    status, output = prepare(tmp_path, **{**SMALL, "RAW": raw, **option})
     assert status and reason in output.splitlines()[-1] and not (tmp_path / "data/summary.json").exists()
 
 
-# ---- lyrics ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("task", ["game24", "lyrics"])
+def test_same_seed_same_bytes_and_other_data_another_run(tmp_path, task):
+    raw = write(tmp_path / "raw/sub/a.jsonl", *FEW)
+    options = SMALL if task == "game24" else {"TASK": "lyrics", "VARIANTS": 3, "RAW": raw.parent}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        prepare(tmp_path / name, **options, SEED=seed)
+    a, b, c = (files(tmp_path / name / "data") for name in "abc")
+    assert a == b and len(a) == (3 if task == "game24" else 9) and all(a[name] != c[name] for name in a)
+    assert "is complete" in prepare(tmp_path / "a", **options)[1]
+    write(raw.parent / "b.json", '{"text": "\\ud800"}')         # dropped and shown, which no terminal can print
+    output = prepare(tmp_path / "a", **options, SEED=1)[1]
+    assert "SEED was 0, is 1" in output and ("files of RAW was" in output) == (task == "lyrics")
+    assert files(tmp_path / "a/data") == c and files(tmp_path / "a/data.1") == a
+    (tmp_path / "a/data/summary.json").unlink()         # as if it had been cut off
+    (tmp_path / "a/data/val.jsonl").unlink()
+    prepare(tmp_path / "a", **options, SEED=1)
+    assert files(tmp_path / "a/data") == c and not (tmp_path / "a/data.2").exists()
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +138,7 @@ def test_rows(corpus):
             assert row["prompt"] == reward.prompt("lyrics", row)
             thought, title, lines, form = reward.split_verse(row["completion"])
             assert form == 1 and title and len(lines) > 1 and 1 <= len(row["keywords"]) <= 5, row
-            body = row["completion"].partition("</think>")[2].partition("/")[2]
+            body = "/".join(lines)
             places = [body.find(word) for word in row["keywords"]]
             assert places == sorted(places) and places[0] >= 0 and all(word in thought for word in row["keywords"]), row
 
@@ -184,13 +160,6 @@ def test_no_split_knows_another(corpus):
         assert not one & other
 
 
-def test_source_is_the_raw_line(corpus):
-    raw = [reward.han(json.loads(line)["text"]) for line in CORPUS.read_text(encoding="utf-8").split("\n") if line]
-    for row in itertools.chain(*splits(corpus / "raw").values()):
-        name, line = row["source"].split(":")
-        assert name == CORPUS.name and reward.han(row["completion"].partition("/")[2]) == raw[int(line) - 1]
-
-
 def test_recipes(corpus):
     raw, keywords = splits(corpus / "raw"), splits(corpus / "keywords")
     for name in ("train", "val", "test"):
@@ -200,6 +169,10 @@ def test_recipes(corpus):
     verses = [(row["prompt"], row["completion"].partition("</think>")[2]) for row in read(corpus / "test.jsonl")]
     assert [(row["prompt"], row["completion"]) for row in keywords["test"]] == verses
     assert len({row["completion"] for row in raw["train"]}) == len(raw["train"])
+    texts = [reward.han(row["text"]) for row in read(CORPUS)]
+    for row in itertools.chain(*raw.values()):
+        name, line = row["source"].split(":")
+        assert name == CORPUS.name and reward.han(row["completion"].partition("/")[2]) == texts[int(line) - 1]
 
 
 def test_swapped_rows_have_other_words_in_text_and_plan(corpus):
@@ -216,48 +189,20 @@ def test_swapped_rows_have_other_words_in_text_and_plan(corpus):
     assert changed > 100
 
 
-def test_table(corpus):
-    table = json.loads((corpus / "table.json").read_text(encoding="utf-8"))
-    assert all(table[name][0] < table[name][1] for name in ("fluency", "line_count", "line_chars", "thought_chars"))
-    assert 0 < table["rhyme_chance"] < 0.5 and len(table["finals"]) == 13
-    lines = {name: lines_of(rows) for name, rows in splits(corpus / "raw").items()}
-    codes = {name: set(map(reward.line_code, split)) for name, split in lines.items()}
-    assert codes["train"] <= reward.table["lines"] and not (codes["val"] | codes["test"]) & reward.table["lines"]
-
-
-def test_same_texts_same_bytes_and_other_texts_another_run(tmp_path):
-    raw = write(tmp_path / "raw/sub/a.jsonl", *FEW)
-    options = {"TASK": "lyrics", "VARIANTS": 3, "RAW": raw.parent}
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        prepare(tmp_path / name, **options, SEED=seed)
-    a, b, c = (files(tmp_path / name / "data") for name in "abc")
-    assert a == b and len(a) == 9 and all(a[name] != c[name] for name in a)
-    funnel = json.loads((tmp_path / "a/data/funnel.json").read_text())
-    for before, after in itertools.pairwise(funnel.values()):
-        assert before["out"] == after["in"] == after["out"] + sum(after["dropped"].values())
-    assert "is complete" in prepare(tmp_path / "a", **options)[1]
-    write(raw.parent / "b.json", '{"text": "\\ud800"}')         # dropped and shown, which no terminal can print
-    assert "files of RAW was" in prepare(tmp_path / "a", **options)[1] and files(tmp_path / "a/data.1") == a
-
-
-WITH_A_COMMON_LINE = [json.dumps({"text": "我们一起来唱歌\n" + json.loads(line)["text"]}) for line in FEW]
-
-
-@pytest.mark.parametrize("texts", [FEW[:40], WITH_A_COMMON_LINE, FEW[:1] * 90])
-def test_too_few_texts_are_refused(tmp_path, texts):
-    status, output = prepare(tmp_path, TASK="lyrics", RAW=write(tmp_path / "raw.jsonl", *texts))
-    assert status and "too few texts" in output.splitlines()[-1] and not (tmp_path / "data/summary.json").exists()
-
-
 RHYMES = ("月雪夜叶街", "雨语女衣诗二", "湖书路", "歌河落", "花家马", "山远年", "云春军", "风穷灯", "光乡窗",
           "来海", "水归", "桥宵", "秋流")
 
 
-def test_rhyme_classes():
-    """The classes of Chinese opera: 月 and 夜 rhyme, 雨 and 书 do not."""
-    class_of = {character: name for name, characters in data_prep.rhyme_classes().items() for character in characters}
-    names = [{class_of[character] for character in rhymes} for rhymes in RHYMES]
-    assert all(len(name) == 1 for name in names) and len(set().union(*names)) == len(RHYMES)
+def test_table(corpus):
+    """Rhymes are the classes of Chinese opera, such as 月 and 夜 but not 雨 and 书; known lines are those of train."""
+    table = load(corpus / "table.json")
+    assert all(table[name][0] < table[name][1] for name in ("fluency", "line_count", "line_chars", "thought_chars"))
+    names = [{reward.table["finals"][character] for character in rhymes} for rhymes in RHYMES]
+    assert all(len(name) == 1 for name in names) and len(set().union(*names)) == len(table["finals"]) == 13
+    for name, rows in splits(corpus / "raw").items():
+        codes = set(map(reward.line_code, lines_of(rows)))
+        assert codes & reward.table["lines"] == (codes if name == "train" else set())
+    assert 0 < table["rhyme_chance"] < 0.5
 
 
 def test_the_best_texts_are_taken_first_and_no_keyword_twice_before_the_others(monkeypatch):
@@ -269,39 +214,31 @@ def test_the_best_texts_are_taken_first_and_no_keyword_twice_before_the_others(m
     assert [rows.index(row) for row in data_prep.select_texts(rows, 2)] == [2, 5]
 
 
-def test_overlapping_words_are_swapped_or_left(corpus, monkeypatch):
-    monkeypatch.setattr(data_prep, "TASK", "lyrics")
-    words = ["明月", "月光", "故乡"]
-    text = "明月高高挂起\n床前明月光照\n故乡远在天边\n窗外花开一朵"
-    row = {"text": text, "title": "夜", "keywords": words, "words": words, "source": "a:1"}
-    pool = collections.defaultdict(list)
-    for word in ("明月", "白雪", "离别", "月光", "故乡", "芬芳", "他乡", "苍茫"):
-        pool[2, reward.table["finals"].get(word[-1])].append(word)
-    for seed in range(30):
-        for sample in data_prep.variants(row, set(), pool, random.Random(seed)):
-            assert all(word in sample["completion"].partition("</think>")[2] for word in sample["keywords"])
-
-
 def test_data_by_an_api(monkeypatch, tmp_path):
     """Texts without good answers are dropped, and none has its words swapped."""
-    def call_api(jobs, cache, accept):
-        answers = []
-        for [message] in jobs:
-            lines = re.findall(f"[{reward.han_range}]{{4,}}", message["content"].partition("\n\n")[2])
-            answer = "关键词：" + "；".join(line[:2] for line in lines[:4]) + "；没有的词"
-            if "动笔之前" in message["content"]:
-                words = re.search("关键词“(.*?)”", message["content"])[1]
-                answer = f"想写{words}。先从眼前的景写起，再写到心里的人，一句一句展开，收住时不说破，留一点余味。"
-            answers.append("明月" if sum(message["content"].encode()) % 10 == 0 else answer)
-        return [answer if accept(i, answer) else None for i, answer in enumerate(answers)]
+    thought = "想写{}。先从眼前的景写起，再写到心里的人，一句一句展开，收住时不说破，留一点余味。"
 
-    constants = {"TASK": "lyrics", "USE_API": 1, "VARIANTS": 3}
-    for name, value in {"call_api": call_api, **constants}.items():
+    def answer(text):
+        if sum(text.encode()) % 10 == 0:
+            return "明月"
+        if "动笔之前" in text:
+            return thought.format(re.search("关键词“(.*?)”", text)[1])
+        lines = re.findall(f"[{reward.han_range}]{{4,}}", text.partition("\n\n")[2])
+        return f"关键词：{'；'.join(line[:2] for line in lines[:4])}；没有的词"
+
+    def call_api(jobs, cache, accept):
+        answers = [answer(message["content"]) for [message] in jobs]
+        return [text if accept(i, text) else None for i, text in enumerate(answers)]
+
+    raw = write(tmp_path / "raw.jsonl", *FEW)
+    constants = {"TASK": "lyrics", "USE_API": 1, "VARIANTS": 3, "RAW": str(raw), "call_api": call_api}
+    for name, value in constants.items():
         monkeypatch.setattr(data_prep, name, value)
     monkeypatch.setattr(reward, "table", {})
-    monkeypatch.setattr(data_prep, "RAW", str(write(tmp_path / "raw.jsonl", *FEW)))
-    data_prep.prepare_lyrics(tmp_path, data_prep.raw_files())
-    funnel = json.loads((tmp_path / "funnel.json").read_text())
+    data_prep.prepare_lyrics(tmp_path, [raw])
+    funnel = load(tmp_path / "funnel.json")
+    for before, after in itertools.pairwise(funnel.values()):
+        assert before["out"] == after["in"] == after["out"] + sum(after["dropped"].values())
     assert funnel["keywords"]["dropped"]["too few"] > 0 and funnel["thoughts"]["dropped"]["no usable thought"] > 0
     originals = {row["source"]: row["completion"] for rows in splits(tmp_path / "raw").values() for row in rows}
     for row in itertools.chain(*splits(tmp_path).values()):

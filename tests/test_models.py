@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from commands import write
+from commands import refused, write
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -54,3 +54,15 @@ def test_samples_beyond_the_positions_of_the_model_are_named_before_training(scr
         script.main()
     script.configure(["DEVICE=cpu"])        # the constants are those of the module: back to the defaults
     assert not list(tmp_path.glob("*/step-*.pt"))
+
+
+@pytest.mark.parametrize("script", ["sft", "grpo", "eval"])
+def test_a_gpu_that_does_not_work_stops_with_its_reason_and_trains_no_tiny_model(run, tmp_path, script):
+    for number, split in enumerate(("train", "val", "test"), 1):
+        write(tmp_path / f"data/{split}.jsonl", {"prompt": f"Make 24 from 1 1 1 {number}", "completion": "1",
+                                                 "numbers": [1, 1, 1, number]})
+    # a driver that is too old: the device is there, but torch cannot use it
+    no_driver = ("import os; exists = os.path.exists; "
+                 "os.path.exists = lambda path: path == '/dev/nvidia0' or exists(path)")
+    output = refused(run(script, before=no_driver, out=tmp_path, data=tmp_path / "data", sft="some/model"))
+    assert "CUDA" in output and "DEVICE=cpu" in output and not (tmp_path / script).exists()
