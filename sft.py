@@ -4,7 +4,7 @@
     python sft.py --model=Qwen/Qwen2.5-0.5B --load_4bit=0
 
 MODEL=tiny is a Llama of 0.8 million parameters, trained from scratch on words, for machines without a GPU or a model
-hub: 16 CPU minutes. Any other MODEL is a causal LM of Hugging Face, by name or by folder. The loss is
+hub: 12 CPU minutes. Any other MODEL is a causal LM of Hugging Face, by name or by folder. The loss is
 that of the completion alone, its end-of-sequence token included. Differs from the usual trainer in two ways: right
 padding needs no attention mask under causal attention, and only completion tokens reach the output layer, so that the
 logits of a vocabulary of 152,000 never fill the memory.
