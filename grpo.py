@@ -73,7 +73,7 @@ BASELINE = "momentum"        # momentum; group: plain GRPO; none: no std (Dr. GR
 MOMENTUM_MIN = 0.0           # share of the running mean and std at the first step, ...
 MOMENTUM_STEP = 0.01         # ... what it gains in a step, ...
 MOMENTUM_MAX = 0.2           # ... and where it stays (the report's value)
-CREDIT = "steps" if TASK == "game24" else "answer"     # steps: each line has an advantage of its own (LINE_REWARDS)
+CREDIT = "steps" if TINY and TASK == "game24" else "answer"      # steps: each line has an advantage of its own too
 # Update
 STEPS = 60 if TINY and not LYRICS else 100      # rollouts
 UPDATES_PER_ROLLOUT = 1      # optimizer steps on each rollout: above 1 the clipping matters

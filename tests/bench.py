@@ -41,7 +41,8 @@ SFT = str(ROOT / "runs/game24/sft")          # the trained policy and ...
 DATA = str(ROOT / "runs/game24/data")        # ... the data of the part `real`
 TEMPERATURE = 0.7
 # constants of grpo.py, which TRL gets too
-STEP = {"MODEL": "tiny", "TEMPERATURE": TEMPERATURE, "TOP_P": 1.0, "LR": 2e-4, "WARMUP": 5, "GROUP_SIZE": 8}
+STEP = {"MODEL": "tiny", "CREDIT": "answer", "TEMPERATURE": TEMPERATURE, "TOP_P": 1.0, "LR": 2e-4, "WARMUP": 5,
+        "GROUP_SIZE": 8}
 REAL = {**STEP, "PROMPTS_PER_STEP": 32, "MAX_NEW_TOKENS": 208, "BETA": 0.01}
 NATURAL = {**STEP, "PROMPTS_PER_STEP": 12, "MAX_NEW_TOKENS": 300, "BETA": 0.0}
 FIXED = {**NATURAL, "MAX_NEW_TOKENS": 128}
