@@ -310,7 +310,8 @@ timed_words = re.compile(r'^\{"t":.*$', re.M)       # {"t":0,"c":[{"tx":"春"},{
 credit = (
     "词|曲|编|唱|歌|乐|音|声|录|谱|制作|监制|出品|发行|母带|混|专辑|作者|总监|鸣谢|吉他|贝[斯司]|鼓|键盘|琴|胡|笛|筝|琵琶|策划|统筹|"
     "企划|推广|封面|后期|版权|来源|出处|转载|标签|分类|语种|流派|上传|更新|点击|阅读|浏览|评论|朝代|[唐宋元明清]代|"
-    "(?:lyric|compos|music|arrang|produc|writ|vocal|guitar|bass|drum|piano|mix|master|record|singer|artist|album|OP|SP)[a-z]*")
+    "(?:lyric|compos|music|arrang|produc|writ|vocal|guitar|bass|drum|"
+    "piano|mix|master|record|singer|artist|album|OP|SP)[a-z]*")
 credit_rest = r"[人者师员手室棚作填演原翻主配和合弦大小提电木方]|工程|公司|时间|日期|助理|\bby\b|[\s/、,&·.+|及与-]"
 note = re.compile(
     rf"^(?=[^:]*(?:{credit}))(?:{credit}|{credit_rest})++:|^(?:words|lyrics|music|composed|written|arranged) by\b"

@@ -420,8 +420,9 @@ def main() -> None:
             log |= summarise(completions)
 
             # 3 advantages
-            momentum = min(MOMENTUM_MAX, MOMENTUM_MIN + MOMENTUM_STEP * (step - 1))
+            momentum = 0.0         # of the other baselines, for the lines too
             if BASELINE == "momentum":
+                momentum = min(MOMENTUM_MAX, MOMENTUM_MIN + MOMENTUM_STEP * (step - 1))
                 advantages, run["running_mean"], run["running_std"] = momentum_advantages(
                     rewards, run["running_mean"], run["running_std"], momentum)
             elif BASELINE == "rft":
