@@ -18,7 +18,7 @@ export PYTHONUTF8 = 1
 export ONEDNN_PRIMITIVE_CACHE_CAPACITY ?= 64
 
 .NOTPARALLEL:
-.PHONY: help train data sft grpo eval plots ask judge export smollm2 test lint soak bench gpu-check clean
+.PHONY: help train data sft grpo eval plots ask judge distil export smollm2 test lint soak bench ablations gpu-check clean
 
 help:               ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /make \1 \t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -54,6 +54,10 @@ ask: .venv          ## Q="3 3 8 8": the completion before and after GRPO
 judge: .venv        ## lyrics: an API judges the verses; HUMAN=people.csv compares it with people
 	$(RUN) eval.py $(ARGS) $(if $(HUMAN),,JUDGE=1)
 
+distil: .venv       ## the GRPO policy's right answers to training prompts become the data of a new SFT, in OUT/distil
+	$(RUN) eval.py DISTIL=1 $(ARGS)
+	$(RUN) sft.py $(ARGS) OUT=$(OUT)/distil DATA=$(OUT)/distil/data
+
 export: .venv       ## the GRPO policy as a plain folder of transformers in OUT/export, the adapter merged
 	$(RUN) eval.py EXPORT=$(OUT)/export $(ARGS)
 
@@ -84,6 +88,9 @@ soak: .venv/dev     ## kill and damage training runs at random, compare their en
 
 bench: .venv/dev    ## speed and memory against transformers and TRL, with the policy of `make train`
 	.venv/bin/python tests/bench.py $(if $(SFT),--sft=$(SFT)) $(if $(DATA),--data=$(DATA))
+
+ablations: .venv    ## GRPO with other baselines, credit, rewards; three seeds each: a table, after `make train`
+	.venv/bin/python tests/ablations.py
 
 gpu-check: .venv/dev    ## what a GPU does: kernels, CUDA graphs, speed, memory, resuming; a table for a report
 	.venv/bin/python tests/gpu_check.py

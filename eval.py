@@ -59,6 +59,8 @@ THREADS = torch.get_num_threads()
 # Instead of an evaluation
 Q = ""                       # four numbers, or keywords: prints a completion of each policy
 EXPORT = ""                  # folder: writes the last policy there as a plain model, an adapter merged
+DISTIL = 0                   # completions of each training prompt, whose right ones become data for a new SFT ...
+DISTIL_KEEP = 4              # ... at most so many different ones of a prompt, the shortest
 PLOTS_ONLY = 0               # 1: draws the figures again, also of a GRPO run under way
 JUDGE = 0                    # 1: API_MODEL scores the verses of the finished evaluation, which costs money
 HUMAN = ""                   # the filled-in people.csv: prints how well judge and rules agree with people
@@ -102,6 +104,8 @@ def main() -> None:
         return ask(policies)
     if EXPORT:
         return export(list(policies.values())[-1], Path(EXPORT))
+    if DISTIL:
+        return distil(list(policies.values())[-1], data, constants)
     if PLOTS_ONLY:
         return print("\n".join(draw(folder, read_completed(folder, policies))))
     if JUDGE:
@@ -251,6 +255,30 @@ def export(path: str, folder: Path) -> None:
     plain.to(torch.bfloat16 if DEVICE == "cuda" else torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     print(f"{folder}: load it with AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+
+
+def distil(path: str, data: Path, constants: dict) -> None:
+    """Writes OUT/distil/data: right answers of a policy to the training prompts (generate, filter, distil, as R1)."""
+    weights = [sha256(file) for file in sorted(Path(path).glob("*.safetensors"))] or path
+    folder = open_run(Path(OUT, "distil/data"), constants,
+                      {"weights": weights, "train.jsonl": sha256(data / "train.jsonl")})
+    rows = list({row["prompt"]: row for row in reward.read_rows(TASK, data / "train.jsonl", "prompt")}.values())
+    completed = complete_rows(*load_policy(path), rows, range(1, DISTIL + 1))
+    kept = {row["prompt"]: {} for row in rows}
+    for row in sorted(completed, key=lambda row: row["tokens"]):
+        of_prompt = kept[row["prompt"]]
+        if row["correct"] and len(of_prompt) < DISTIL_KEEP:
+            of_prompt[row["completion"]] = row
+    samples = [row for of_prompt in kept.values() for row in of_prompt.values()]
+    with written_aside(folder / "train.jsonl") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
+    for name in ("val.jsonl", "test.jsonl", "table.json"):
+        if (data / name).is_file():
+            shutil.copy(data / name, folder)
+    right = sum(row["correct"] for row in completed)
+    summary = {"prompts": len(rows), "completions": len(completed), "right": right, "kept": len(samples)}
+    write_json(folder / "summary.json", summary)
+    print("\n".join(f"{name}: {value}" for name, value in summary.items()))
 
 
 # ---- means, table, figures ------------------------------------------------------------------------------------------

@@ -84,7 +84,8 @@ WEIGHT_DECAY = 0.0
 GRAD_CLIP = 1.0              # norm of the gradient
 CLIP_LOW = 0.2               # the ratio is clipped from 1 - CLIP_LOW ...
 CLIP_HIGH = 0.2              # ... to 1 + CLIP_HIGH
-BETA = 0.01                  # weight of the KL to the reference; 0: no reference at all
+BETA = 0.01                  # weight of the KL to the reference, the SFT policy; 0: no reference at all
+REFERENCE_EVERY = 0          # steps after which the policy becomes the reference, again and again; 0: never
 ENTROPY_BONUS = 0.0          # weight of the entropy in the objective (report on PPO and GRPO)
 AGGREGATE = "sequence"       # mean of each completion, then of all; token: of all tokens (DAPO); constant: Dr. GRPO
 MICRO_BATCH_TOKENS = 1536 if TINY else 4096      # tokens of a forward pass: changes memory and speed, not the result
@@ -227,7 +228,7 @@ def forward(model, cache: KVCache, input_ids: torch.Tensor) -> torch.Tensor:
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
     mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, torch.finfo(dtype).min)
     return model(input_ids=input_ids, attention_mask=mask[:, None], position_ids=(cache.slots - padding).clamp(min=0),
-                 past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+                 cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 
 def decode(model, cache: KVCache, slot: int) -> torch.Tensor:
@@ -370,18 +371,22 @@ def main() -> None:
     inputs["weights"] = [sha256(path) for path in sorted(Path(SFT).glob("*.safetensors"))] or SFT
     folder = open_run(Path(OUT, "grpo"), constants, inputs)
     eos_ids = end_ids(model, tokenizer)
-    copied_reference = None
-    if BETA and not isinstance(model, PeftModel):
-        copied_reference = copy.deepcopy(model).requires_grad_(False).eval()
-    elif BETA and Path(SFT, "adapter_config.json").is_file():
-        model.load_adapter(SFT, adapter_name="reference", is_trainable=False)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    copied_reference, reference_parameters = None, []
+    if BETA and isinstance(model, PeftModel):        # a second adapter on the same base
+        model.add_adapter("reference", model.peft_config["default"])
+        reference_parameters = [weight for name, weight in model.named_parameters() if ".reference." in name]
+        set_weights(reference_parameters, parameters)
+    elif BETA:
+        copied_reference = copy.deepcopy(model).requires_grad_(False).eval()
+        reference_parameters = list(copied_reference.parameters())
     make_optimizer = AdamW8bit if LORA_RANK else torch.optim.AdamW
     optimizer = make_optimizer(parameters, lr=LR, betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY)
     run = {"step": -1, "running_mean": None, "running_std": None, "line_mean": None, "line_std": None,
            "best": -math.inf, "last": 0.0, "best_step": 0, "first_distinct_2": 0.0, "evaluations_since_best": 0,
            "skipped": 0, "seconds": 0.0}
-    load_checkpoint(folder, run, parameters, [optimizer])
+    saved_parameters = parameters + (reference_parameters if REFERENCE_EVERY else [])
+    load_checkpoint(folder, run, saved_parameters, [optimizer])
     vocabulary = [[token] for token in range(model.get_input_embeddings().num_embeddings)]
     texts = tokenizer.batch_decode(vocabulary, skip_special_tokens=True) if CREDIT == "steps" else ()
     newlines = torch.tensor([text.count("\n") for text in texts], device=DEVICE)
@@ -473,6 +478,8 @@ def main() -> None:
                 else:       # a NaN would stay in the moments of Adam for good
                     run["skipped"] += 1
             log |= metrics | {"skipped": run["skipped"], "update_seconds": time.time() - clock}
+            if BETA and REFERENCE_EVERY and step % REFERENCE_EVERY == 0:
+                set_weights(reference_parameters, parameters)
 
         # 6 log, evaluate, save
         if step % EVAL_EVERY == 0 or step == STEPS:
@@ -507,7 +514,7 @@ def main() -> None:
         if step == 1 and log["truncated"] > 0.5:
             tqdm.write(f"{log['truncated']:.0%} of the completions are cut off at MAX_NEW_TOKENS={MAX_NEW_TOKENS}: the "
                        "limit decides the rewards and not the model, raise it")
-        save_checkpoint(folder, run, parameters, [optimizer])
+        save_checkpoint(folder, run, saved_parameters, [optimizer])
 
     writer.close()
     write_policy(folder, model, tokenizer, parameters)
@@ -557,16 +564,13 @@ def distinct_2(texts: list[str]) -> float:
 
 @contextlib.contextmanager
 def reference_policy(model, copied):
-    """The SFT policy: the frozen copy if all weights train, the frozen second adapter, or the base of a new adapter."""
+    """The reference: the frozen copy if all weights train, else the model with its second adapter."""
     if copied is not None:
         yield copied
-    elif "reference" in model.peft_config:
+    else:
         model.set_adapter("reference", inference_mode=True)
         yield model
         model.set_adapter("default")
-    else:
-        with model.disable_adapter():
-            yield model
 
 
 @torch.no_grad()
@@ -728,7 +732,7 @@ def load_model(path: str):
         model = get_peft_model(model, LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=0.0,
                                                  target_modules="all-linear", task_type="CAUSAL_LM"))
     if GRADIENT_CHECKPOINTING:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model, tokenizer
 
 

@@ -363,7 +363,7 @@ def load_model(path: str):
         model = get_peft_model(model, LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=0.0,
                                                  target_modules="all-linear", task_type="CAUSAL_LM"))
     if GRADIENT_CHECKPOINTING:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model, tokenizer
 
 

@@ -1,5 +1,6 @@
 """The real commands, small, on a CPU: data_prep, sft, grpo and eval of both tasks, and what they say to bad input."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ import torch
 from commands import DATA, ENVIRONMENT, GRPO, ROOT, TRAINED, die, done, killed, load, read, refused, write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import reward
 
 TRAIN = {**DATA, **TRAINED, **GRPO, "steps": 4, "samples": 2, "bootstrap": 50, "threads": 1}
 LORA = {"lora_rank": 4, "load_4bit": 1, "bf16": 0}
@@ -117,6 +120,24 @@ def test_eval_of_hands_from_a_file(run, root):
     trained_on = read(root / "data/train.jsonl")[0]["numbers"]
     write(hands, "3 3 8 8", " ".join(map(str, trained_on)))
     assert "1 of 2 rows" in refused(run("eval", **settings))
+
+
+def test_distilling_keeps_short_right_answers(run, root):
+    settings = {**TRAIN, "out": root, "distil": 12, "distil_keep": 2}
+    done(run("eval", **settings, policies=f"sft={root / 'sft'}"))
+    rows, summary = read(root / "distil/data/train.jsonl"), load(root / "distil/data/summary.json")
+    prompts = {row["prompt"] for row in read(root / "data/train.jsonl")}
+    assert summary["prompts"] == len(prompts) and summary["completions"] == 12 * len(prompts)
+    assert 0 < len(rows) == summary["kept"] <= summary["right"] < summary["completions"]
+    assert all(reward.score("game24", row["completion"], row)["correct"] for row in rows)
+    for prompt in {row["prompt"] for row in rows}:
+        lengths = [row["tokens"] for row in rows if row["prompt"] == prompt]
+        texts = {row["completion"] for row in rows if row["prompt"] == prompt}
+        assert len(texts) == len(lengths) <= 2 and lengths == sorted(lengths) and prompt in prompts
+    assert read(root / "distil/data/test.jsonl") == read(root / "data/test.jsonl")
+    done(make("distil", **settings, policies=f"sft={root / 'sft'}"))        # the first half is complete
+    inputs = load(root / "distil/sft/run.json")["inputs"]
+    assert inputs["train.jsonl"] == hashlib.sha256((root / "distil/data/train.jsonl").read_bytes()).hexdigest()
 
 
 def test_make_skips_stages_whose_results_are_given_and_refuses_unknown_constants():

@@ -101,7 +101,7 @@ def test_rollout_leaves_the_model_as_it_was(training):
     # dropout and gradient checkpointing act in training mode only, and would spoil the rollout
     model, prompts = small_model(attention_dropout=0.5), random_ids([4, 2, 7])
     expected, before = roll(model, prompts), copy.deepcopy(model.state_dict())
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     model.train(training)
     assert roll(model, prompts) == expected
     with pytest.raises(IndexError):
@@ -463,11 +463,12 @@ def test_a_rollout_through_4_bits(monkeypatch, policy_folders, family, checkpoin
         assert metrics["ratio_error"] < 1e-4 and metrics["sampler_error"] < 1e-4 and metrics["clip_fraction"] == 0
 
 
-@pytest.mark.parametrize("reference, credit, baseline", [
-    ("copy", "steps", "momentum"), ("second adapter", "answer", "group"), ("base of a new adapter", "answer", "rft")])
-def test_the_loop_starts_on_policy_and_at_kl_0(monkeypatch, policy_folders, tmp_path, reference, credit, baseline):
+@pytest.mark.parametrize("weights, credit, baseline, every", [
+    ("all", "steps", "momentum", 0), ("all", "answer", "none", 1), ("adapter", "answer", "group", 1),
+    ("new adapter", "answer", "rft", 0)])
+def test_the_loop_starts_on_policy_and_at_kl_0(monkeypatch, policy_folders, tmp_path, weights, credit, baseline, every):
     policy = policy_folders["llama"]
-    if reference == "second adapter":          # the policy of SFT is an adapter
+    if weights == "adapter":          # the policy of SFT is an adapter
         model, tokenizer = load(monkeypatch, policy)
         policy = tmp_path / "adapter"
         model.save_pretrained(policy)
@@ -489,23 +490,25 @@ def test_the_loop_starts_on_policy_and_at_kl_0(monkeypatch, policy_folders, tmp_
     monkeypatch.setattr(reward, "score", score)
     settings = {"SFT": policy, "DATA": tmp_path, "OUT": tmp_path, "MODEL": "small", "DEVICE": "cpu", "THREADS": 1,
                 "BF16": 0, "LORA_ALPHA": 8, "STEPS": 2, "CREDIT": credit, "BASELINE": baseline,
-                "EVAL_EVERY": 1, "PROMPTS_PER_STEP": 3,
+                "EVAL_EVERY": 1, "PROMPTS_PER_STEP": 3, "REFERENCE_EVERY": every,
                 "GROUP_SIZE": 4, "MAX_NEW_TOKENS": 12, "TEMPERATURE": 1.5, "LR": 1e-3, "WARMUP": 0,
-                "LOAD_4BIT": int(reference != "copy"), "LORA_RANK": 0 if reference == "copy" else 4}
+                "LOAD_4BIT": int(weights != "all"), "LORA_RANK": 0 if weights == "all" else 4}
     for scope in (grpo, reward):                 # the command line sets constants: restore them afterwards
         set_constants(monkeypatch, scope, **{name: value for name, value in vars(scope).items() if name.isupper()})
     monkeypatch.setattr("sys.argv", ["grpo.py", *(f"{name}={value}" for name, value in settings.items())])
     grpo.main()
     log = [json.loads(line) for line in (tmp_path / "grpo/log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [entry["step"] for entry in log] == [0, 1, 2] and "reward" not in log[0]
-    assert log[1]["kl"] == 0 and log[2]["kl"] > 0 and log[1]["grad_norm"] > 0
+    assert log[1]["kl"] == 0 and log[1]["grad_norm"] > 0
+    assert log[2]["kl"] == 0 if every else log[2]["kl"] > 0         # step 1 made the policy the reference
     assert all(entry["ratio_error"] == 0 and entry["sampler_error"] < 1e-4 for entry in log[1:])
 
     tokenizer, mask = AutoTokenizer.from_pretrained(policy), batches[0]["loss_mask"]
     completions = [ids[1:][row].tolist() for ids, row in zip(batches[0]["input_ids"], mask)]
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     rewards = torch.tensor([score("", text, {})["reward"] for text in texts]).double().view(3, 4)
-    expected = grpo.baseline_advantages(rewards, "group").view(12, 1).expand(mask.shape).clone()
+    plain = grpo.baseline_advantages(rewards, "none" if baseline == "none" else "group")
+    expected = plain.view(12, 1).expand(mask.shape).clone()
     if baseline == "rft":       # right answers, those with a reward above 3 / 7 - 5
         expected = (rewards > 3.5 / 7 - 5).double().view(12, 1).expand(mask.shape)
     if credit == "steps":       # momentum is 0: the lines of a group are normalised together

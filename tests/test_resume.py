@@ -18,7 +18,7 @@ import grpo
 import sft
 
 # A smaller rank has a 32-bit optimizer state. The rollout in 4 bits is slow on a CPU
-LORA = {"lora_rank": 32, "load_4bit": 1, "prompts_per_step": 2, "max_new_tokens": 30}
+LORA = {"lora_rank": 32, "load_4bit": 1, "prompts_per_step": 2, "max_new_tokens": 30, "reference_every": 3}
 
 RUN_BEGINS = die("os.replace", "True")
 STEP = die("torch.Tensor.backward", "len(calls) == 5")

@@ -1,0 +1,94 @@
+"""What helps? GRPO with other constants, from one SFT policy: `make ablations`, after `make train`.
+
+    python tests/ablations.py                                   # all variants, seeds 0 to 2: about 12 hours of one core
+    python tests/ablations.py default answer --seeds=0,1        # some; what is finished is not run again
+
+Each run is `make grpo eval` in runs/ablations/VARIANT-SEED. Prints a table of all finished runs, on the test split, and
+writes it to runs/ablations/table.md, with a figure of val accuracy over generated tokens.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+from commands import load, read
+from matplotlib.figure import Figure
+
+RUNS = Path("runs/ablations")
+BASE = Path("runs/game24")          # its data and SFT policy are those of every run
+COMMON = ["STEPS=30"]                # half of the default: enough for most of the gain
+COMPLETIONS = 256                   # of a step
+VARIANTS = {
+    "default": [],
+    "group": ["BASELINE=group"],
+    "none": ["BASELINE=none"],
+    "batch": ["BASELINE=batch"],
+    "answer": ["CREDIT=answer"],
+    "textbook": ["BASELINE=group", "CREDIT=answer"],
+    "rft": ["BASELINE=rft", "CREDIT=answer"],
+    "length-off": ["LENGTH_WEIGHT=0"],
+    "length-of-all": ["LENGTH_NEEDS_CORRECT=0"],
+    "no-kl": ["BETA=0"],
+    "new-reference": ["REFERENCE_EVERY=10"]}
+
+
+def run(variant: str, seed: str) -> None:
+    constants = [f"OUT={RUNS}/{variant}-{seed}", f"SEED={seed}", f"SFT={BASE}/sft", f"DATA={BASE}/data",
+                 f"POLICIES=grpo={RUNS}/{variant}-{seed}/grpo"]
+    subprocess.run(["make", "grpo", "eval", *constants, *COMMON, *VARIANTS[variant]], check=True)
+
+
+def correct(folder: Path) -> numpy.ndarray:
+    """Share of right answers of each test prompt among its sampled completions."""
+    rows = [row for row in read(folder / "eval/grpo.jsonl") if row["sample"]]
+    return numpy.array([row["correct"] for row in rows]).reshape(-1, len({row["id"] for row in rows})).mean(0)
+
+
+def verdict(folders: list[Path], defaults: list[Path]) -> str:
+    """By the 95 % interval, over prompts, of the difference in accuracy to the default with the same seeds."""
+    difference = numpy.mean([correct(a) - correct(b) for a, b in zip(folders, defaults)], 0)
+    draws = numpy.random.default_rng(0).integers(0, len(difference), (2000, len(difference)))
+    low, high = numpy.percentile(difference[draws].mean(1), [2.5, 97.5])
+    word = "better" if low > 0 else "worse" if high < 0 else "no difference seen"
+    return f"{word} ({low:+.3f} to {high:+.3f})"
+
+
+def main() -> None:
+    options = [word for word in sys.argv[1:] if word.startswith("--seeds=")]
+    seeds = options[-1].removeprefix("--seeds=").split(",") if options else ["0", "1", "2"]
+    for seed in seeds:
+        for variant in [word for word in sys.argv[1:] if not word.startswith("--")] or VARIANTS:
+            run(variant, seed)
+
+    axes = Figure(figsize=(8, 5)).subplots()
+    table = ["| | seeds | accuracy (lowest–highest) | unfinished | tokens | last − best on val | against the default |",
+             "|---|---|---|---|---|---|---|"]
+    for color, variant in enumerate(VARIANTS):
+        folders = sorted(path.parents[1] for path in RUNS.glob(f"{variant}-[0-9]*/eval/summary.json"))
+        if not folders:
+            continue
+        means = [load(folder / "eval/metrics.json")["grpo"] for folder in folders]
+        accuracy, unfinished, tokens = (numpy.array([mean[name] for mean in means])
+                                        for name in ("accuracy", "unfinished", "mean_tokens"))
+        runs = [load(folder / "grpo/summary.json") for folder in folders]
+        drop = numpy.mean([run["last_val_accuracy"] - run["best_val_accuracy"] for run in runs])
+        defaults = [RUNS / folder.name.replace(variant, "default") for folder in folders]
+        compared = variant != "default" and all((folder / "eval/summary.json").is_file() for folder in defaults)
+        table.append(f"| {' '.join([variant, *VARIANTS[variant]])} | {len(folders)} | {accuracy.mean():.3f} "
+                     f"({accuracy.min():.3f}–{accuracy.max():.3f}) | {unfinished.mean():.3f} | {tokens.mean():.0f} | "
+                     f"{drop:.3f} | {verdict(folders, defaults) if compared else ''} |")
+        for place, folder in enumerate(folders):
+            log = read(folder / "grpo/log.jsonl")
+            generated = numpy.cumsum([entry.get("tokens", 0) for entry in log]) * COMPLETIONS / 1e6
+            points = [(x, entry["val_accuracy"]) for x, entry in zip(generated, log) if "val_accuracy" in entry]
+            axes.plot(*zip(*points), "o-", color=f"C{color}", alpha=0.6, label=None if place else variant)
+    axes.set(xlabel="generated tokens, in millions", ylabel="val accuracy")
+    axes.legend(fontsize="small")
+    axes.figure.savefig(RUNS / "val.png", dpi=120, bbox_inches="tight")
+    (RUNS / "table.md").write_text("\n".join(table) + "\n", encoding="utf-8")
+    print("\n".join(table))
+
+
+if __name__ == "__main__":
+    main()
