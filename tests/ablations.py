@@ -30,6 +30,7 @@ VARIANTS = {
     "length-off": ["LENGTH_WEIGHT=0"],
     "length-of-all": ["LENGTH_NEEDS_CORRECT=0"],
     "no-kl": ["BETA=0"],
+    "entropy": ["ENTROPY_BONUS=0.01"],
     "new-reference": ["REFERENCE_EVERY=10"]}
 
 
