@@ -18,7 +18,8 @@ export PYTHONUTF8 = 1
 export ONEDNN_PRIMITIVE_CACHE_CAPACITY ?= 64
 
 .NOTPARALLEL:
-.PHONY: help train data sft grpo eval plots ask judge distil export smollm2 test lint soak bench ablations gpu-check clean
+.PHONY: help train data sft grpo eval plots ask judge distil export smollm2 test lint soak bench
+.PHONY: ablations gpu-check clean
 
 help:               ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /make \1 \t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14

@@ -258,7 +258,7 @@ def export(path: str, folder: Path) -> None:
 
 
 def distil(path: str, data: Path, constants: dict) -> None:
-    """Writes OUT/distil/data: right answers of a policy to the training prompts (generate, filter, distil, as R1)."""
+    """Writes OUT/distil/data: right answers of a policy to the training prompts (R1's generate, filter, distil)."""
     weights = [sha256(file) for file in sorted(Path(path).glob("*.safetensors"))] or path
     folder = open_run(Path(OUT, "distil/data"), constants,
                       {"weights": weights, "train.jsonl": sha256(data / "train.jsonl")})

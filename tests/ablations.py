@@ -1,6 +1,6 @@
 """What helps? GRPO with other constants, from one SFT policy: `make ablations`, after `make train`.
 
-    python tests/ablations.py                                   # all variants, seeds 0 to 2: about 12 hours of one core
+    python tests/ablations.py                                   # all variants, seeds 0 to 2: about 5 hours of one core
     python tests/ablations.py default answer --seeds=0,1        # some; what is finished is not run again
 
 Each run is `make grpo eval` in runs/ablations/VARIANT-SEED. Prints a table of all finished runs, on the test split, and
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 RUNS = Path("runs/ablations")
 BASE = Path("runs/game24")          # its data and SFT policy are those of every run
-COMMON = ["STEPS=30"]                # half of the default: enough for most of the gain
+COMMON = ["STEPS=30"]               # half of the default: enough for most of the gain
 COMPLETIONS = 256                   # of a step
 VARIANTS = {
     "default": [],
