@@ -52,7 +52,6 @@ OUT = f"runs/{TASK}"         # the data goes to its folder `data`
 SEED = 0                     # of the split and of the traces
 # game24
 HOLDOUT = ""                 # file of hands that are the test split: one a line (4 5 6 10), or a csv
-TARGET = 24
 LOWEST = 1                   # numbers of a hand: a deck of cards
 HIGHEST = 13
 VAL_HANDS = 136              # a tenth of the 1,362 solvable hands
@@ -173,26 +172,27 @@ def write_trace(hand: list[int], target: int, rng: random.Random) -> str:
 def prepare_game24(folder: Path, held_out: list[tuple]) -> dict:
     """Writes train, val and test of the 24-point game, test with the hands held out if any; returns the summary."""
     rng, word = random.Random(SEED), re.compile(r"\S+|\n")     # words are the tokens of MODEL=tiny
+    target = reward.TARGET
     hands = list(itertools.combinations_with_replacement(range(LOWEST, HIGHEST + 1), 4))
-    solvable_hands = [hand for hand in hands if reward.solvable(hand, TARGET)]
+    solvable_hands = [hand for hand in hands if reward.solvable(hand, target)]
     summary = {"hands": len(hands), "solvable": len(solvable_hands)}
     rng.shuffle(solvable_hands)
-    test = [hand for hand in held_out if reward.solvable(hand, TARGET)] if held_out else solvable_hands[:TEST_HANDS]
+    test = [hand for hand in held_out if reward.solvable(hand, target)] if held_out else solvable_hands[:TEST_HANDS]
     if len(test) < len(held_out):
-        print(f"{HOLDOUT}: these cannot make {TARGET} and are left out: {sorted(set(held_out) - set(test))}")
+        print(f"{HOLDOUT}: these cannot make {target} and are left out: {sorted(set(held_out) - set(test))}")
     others = [hand for hand in solvable_hands if hand not in set(test)]
     for name, split in {"train": others[VAL_HANDS:], "val": others[:VAL_HANDS], "test": test}.items():
         if not split:
-            sys.exit(f"no hand is left for {name}, of {len(solvable_hands)} that can make {TARGET}")
+            sys.exit(f"no hand is left for {name}, of {len(solvable_hands)} that can make {target}")
         rows = []
         for hand in tqdm(split, desc=name, unit="hand", dynamic_ncols=True):
             traces = {}
             for _ in range(TRACES_PER_HAND if name == "train" else 1):
                 numbers = list(hand)
                 rng.shuffle(numbers)
-                drawn = (write_trace(numbers, TARGET, rng) for _ in range(1000))
+                drawn = (write_trace(numbers, target, rng) for _ in range(1000))
                 trace = next(trace for trace in drawn if len(word.findall(trace)) <= MAX_TRACE_TOKENS)
-                traces[trace] = {"numbers": numbers} if TARGET == 24 else {"numbers": numbers, "target": TARGET}
+                traces[trace] = reward.hand_row(numbers)
             rows += [{"prompt": reward.prompt(TASK, row), "completion": trace, **row} for trace, row in traces.items()]
         rng.shuffle(rows)
         write_rows(folder / f"{name}.jsonl", rows)

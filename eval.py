@@ -98,7 +98,10 @@ def main() -> None:
     constants = configure(sys.argv[1:])
     torch.set_num_threads(THREADS)
     data, folder = Path(DATA), Path(OUT, f"eval-{Path(HANDS).stem}" if HANDS else "eval")
-    policies = dict(pair.split("=", 1) for pair in POLICIES.split(","))
+    pairs = [pair.split("=", 1) for pair in POLICIES.split(",")]
+    policies = dict(pairs)
+    if len(policies) < len(pairs):
+        sys.exit(f"a name is given to two of POLICIES={POLICIES}")
     reward.use_data(TASK, data)
     if Q:
         return ask(policies)
@@ -187,8 +190,9 @@ def read_prompts(path: Path, train: Path) -> list[dict]:
         rows = reward.read_rows(TASK, path, "prompt")
     elif TASK == "game24":
         hands = reward.read_hands(path)
-        rows = [reward.question(TASK, " ".join(map(str, hand))) for hand in hands if reward.solvable(hand, 24)]
-        print(f"{path}: {len(rows)} of {len(hands)} hands can make 24, the others are left out")
+        solvable_hands = [hand for hand in hands if reward.solvable(hand, reward.TARGET)]
+        print(f"{path}: {len(solvable_hands)} of {len(hands)} hands can make {reward.TARGET}, the others are left out")
+        rows = [reward.question(TASK, " ".join(map(str, hand))) for hand in solvable_hands]
     else:
         text = opencc.OpenCC("t2s").convert(path.read_text(encoding="utf-8-sig"))      # simplified, as the corpus is
         rows = [reward.question(TASK, line) for line in text.split("\n") if line.strip()]

@@ -34,6 +34,7 @@ from functools import cache
 from itertools import accumulate, chain, pairwise, permutations
 from pathlib import Path
 
+TARGET = 24                  # of game24: what the numbers of new data and of typed hands have to make
 # game24: the total is the weighted sum of three parts (report on the 24-point game)
 OUTCOME_WEIGHT = 0.55
 PROCESS_WEIGHT = 0.30
@@ -95,6 +96,10 @@ other_signs = str.maketrans("×÷−＋－＊／（）＝", "*/-+-*/()=")
 step_number = r"-?(?:0|[1-9][0-9]{0,8})(?:/[1-9][0-9]{0,8})?"
 step_state = rf"{step_number}(?:[ ,]+{step_number}){{0,3}}"
 step_line = re.compile(rf"(?:({step_state}) ?\| ?)?({step_number}) ?([-+*/]) ?({step_number}) ?= ?({step_number})")
+
+
+def hand_row(numbers: list) -> dict:
+    return {"numbers": numbers} if TARGET == 24 else {"numbers": numbers, "target": TARGET}
 
 
 def hand_prompt(row: dict) -> str:
@@ -428,7 +433,7 @@ def question(task: str, text: str) -> dict:
         raise ValueError(f"questions can be typed for game24 and lyrics, not for {task}")
     row = {"keywords": words}
     if task == "game24":
-        row = {"numbers": [int(word) if re.fullmatch("[0-9]+", word) else word for word in words]}
+        row = hand_row([int(word) if re.fullmatch("[0-9]+", word) else word for word in words])
     return {**row, "prompt": prompt(task, row)}
 
 
@@ -505,9 +510,10 @@ def read_hands(path: Path) -> list[tuple[int, ...]]:
         sys.exit(f"cannot read the hands of {path}: {error}")
     for number, line in enumerate(lines, 1):
         cells = next(csv.reader([line]), [])
-        if number == 1 and not re.search(r"\b\d", line):        # a heading
-            columns = [i for i, name in enumerate(cells) if re.fullmatch(r"\s*(\w*[1-4]|[A-Da-d])\s*", name)]
-            continue
+        if number == 1:
+            columns = [i for i, name in enumerate(cells) if re.fullmatch(r"\s*([A-Za-z]+_?[1-4]|[A-Da-d])\s*", name)]
+            if len(columns) == 4 or re.search(r"[^\W\d]{3}", line):       # a heading
+                continue
         if len(columns) == 4:
             cells = [cells[i] for i in columns if i < len(cells)]
         words = next((cell.split() for cell in cells if len(cell.split()) == 4), [cell.strip() for cell in cells])

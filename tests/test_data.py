@@ -74,17 +74,25 @@ def test_hands_held_out_are_the_test_split_also_of_another_target(tmp_path):
 @pytest.mark.parametrize("lines", [
     ["4,4,4,4", "6, 5, 3, 4"], ["\ufeff4\t4\t4\t4", " 6 5 3 4 "], ["rank,a,b,c,d", "1,4,4,4,4", "2,6,5,3,4"],
     ["n1,n2,n3,n4,target", "4,4,4,4,24", "6,5,3,4,24"],
-    ["Rank,Puzzles,AMT (s),Solved rate", "1,4 4 4 4,4.4,99.2%", "2,6 5 3 4,4.7,99.0%"]])
+    ["Rank,Puzzles,AMT (s),Solved rate,1-sigma Mean (s)", "1,4 4 4 4,4.4,99.2%,4.67", "2,6 5 3 4,4.7,99.0%,4.9"]])
 def test_forms_of_hands(tmp_path, lines):
     assert reward.read_hands(write(tmp_path / "hands.csv", *lines)) == [(4, 4, 4, 4), (3, 4, 5, 6)]
 
 
-@pytest.mark.parametrize("line", ["4 5 6", "4 5 6 x", "4 5 6 0", "4 5 6 7 8", "4 5 6 -7", "4,5,6,7.5", "4 5 6 ７"])
+@pytest.mark.parametrize("line", ["4 5 6", "4 5 6 x", "4 5 6 0", "4 5 6 7 8", "4 5 6 -7", "4,5,6,7.5", "4 5 6 ７",
+                                  "K Q J A", "10,Q,K,A"])
 def test_lines_that_are_no_hand_are_named(tmp_path, line):
     for before in ([], ["4 4 4 4"]):
         with pytest.raises(SystemExit) as error:
             reward.read_hands(write(tmp_path / "hands.csv", *before, line))
         assert f"hands.csv:{len(before) + 1}: four positive integers are expected, not {line!r}" in str(error.value)
+
+
+def test_typed_hands_have_the_target(monkeypatch):
+    assert reward.question("game24", "1, 2 3 4") == {"numbers": [1, 2, 3, 4], "prompt": "Make 24 from 1 2 3 4"}
+    monkeypatch.setattr(reward, "TARGET", 10)
+    assert reward.question("game24", "1 2 3 4") == {
+        "numbers": [1, 2, 3, 4], "target": 10, "prompt": "Make 10 from 1 2 3 4"}
 
 
 WITH_A_COMMON_LINE = [json.dumps({"text": "我们一起来唱歌\n" + json.loads(line)["text"]}) for line in FEW]
