@@ -225,16 +225,13 @@ table = {}      # what use_data loads: rhymes, bigrams, known lines and usual le
 
 
 def use_data(task: str, folder: Path) -> None:
-    """Loads what the reward of a task takes from its data folder: for lyrics table.json. Raises ValueError."""
+    """Loads what the reward of a task takes from its data folder: for lyrics table.json."""
     if task != "lyrics":
         return
-    try:
-        loaded = json.loads(Path(folder, "table.json").read_text(encoding="utf-8"))
-        loaded["finals"] = {end: final for final, characters in loaded["finals"].items() for end in characters}
-        loaded["lines"] = set(memoryview(base64.b64decode(loaded["lines"])).cast("I"))
-        loaded["total"] = sum(loaded["characters"].values())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}/table.json is unusable ({error!r}): run `make data TASK=lyrics`") from None
+    loaded = json.loads(Path(folder, "table.json").read_text(encoding="utf-8"))
+    loaded["finals"] = {end: final for final, characters in loaded["finals"].items() for end in characters}
+    loaded["lines"] = set(memoryview(base64.b64decode(loaded["lines"])).cast("I"))
+    loaded["total"] = sum(loaded["characters"].values())
     table.update(loaded)
 
 
@@ -387,24 +384,20 @@ TASKS = {"game24": (hand_prompt, score_game24), "lyrics": (keywords_prompt, scor
 LINE_REWARDS = {"game24": game24_line_rewards}
 
 
-def check_row(task: str, row: dict) -> None:
-    """Raises ValueError, with the reason, on a row that cannot be scored."""
-    if task not in TASKS:
-        raise ValueError(f"unknown TASK {task!r}, choose from {', '.join(TASKS)}")
+def prompt(task: str, row: dict) -> str:
+    """The prompt for a row. Raises ValueError, with the reason, on a row that cannot be scored."""
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object, not {type(row).__name__}")
-    TASKS[task][0](row)
+    return TASKS[task][0](row)
 
 
 def score(task: str, completion: str, row: dict, truncated: bool = False) -> dict[str, float] | None:
     """Reward of a completion, its parts in [0, 1], and facts: `correct` and `answered` (0/1), counts, shares of lines.
 
-    None if the row is unusable. No completion raises; an unknown task, or lyrics before use_data, raises ValueError.
+    None if the row is unusable. No completion raises; an unknown task and lyrics before use_data do.
     """
-    if task not in TASKS:
-        raise ValueError(f"unknown TASK {task!r}, choose from {', '.join(TASKS)}")
     try:
-        check_row(task, row)
+        prompt(task, row)
     except ValueError:
         return None
     return TASKS[task][1](completion if isinstance(completion, str) else "", row, truncated)
@@ -419,16 +412,9 @@ def identity(task: str, row: dict) -> tuple:
     return (row["prompt"],)
 
 
-def prompt(task: str, row: dict) -> str:
-    """The prompt for a row. Raises ValueError on a row that cannot be scored."""
-    return TASKS[task][0](row)
-
-
 def question(task: str, text: str) -> dict:
-    """The row for typed numbers or keywords, separated by spaces or punctuation. Raises ValueError if they are none."""
+    """The row for typed numbers or keywords, separated by spaces or punctuation. Raises ValueError if unusable."""
     words = re.findall(r"[^\s,，、。！；;/]+", text)
-    if not words:
-        raise ValueError(f"numbers or keywords must be given, not {text!r}")
     if task not in ("game24", "lyrics"):
         raise ValueError(f"questions can be typed for game24 and lyrics, not for {task}")
     row = {"keywords": words}
@@ -484,11 +470,11 @@ def read_rows(task: str, path: Path, *needs: str) -> list[dict]:
         sys.exit(f"{path} is missing: run `make data`, or set DATA= to a folder that has it")
     rows = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line.decode("utf-8-sig")) if line.strip() else None
-            if row is None:
-                continue
-            check_row(task, row)
+            row = json.loads(line)
+            prompt(task, row)
             for name in needs:
                 if not isinstance(row.get(name), str) or not row[name]:
                     raise ValueError(f"{name!r} must be a text, not {row.get(name)!r}")
@@ -503,12 +489,8 @@ def read_hands(path: Path) -> list[tuple[int, ...]]:
 
     Exits with the line that has something else.
     """
-    hands, columns = [], []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f"cannot read the hands of {path}: {error}")
-    for number, line in enumerate(lines, 1):
+    hands, columns, four_numbers = [], [], re.compile(r"\s*[1-9][0-9]*(\s+[1-9][0-9]*){3}\s*")
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
         cells = next(csv.reader([line]), [])
         if number == 1:
             columns = [i for i, name in enumerate(cells) if re.fullmatch(r"\s*([A-Za-z]+_?[1-4]|[A-Da-d])\s*", name)]
@@ -516,14 +498,12 @@ def read_hands(path: Path) -> list[tuple[int, ...]]:
                 continue
         if len(columns) == 4:
             cells = [cells[i] for i in columns if i < len(cells)]
-        words = next((cell.split() for cell in cells if len(cell.split()) == 4), [cell.strip() for cell in cells])
-        if len(words) == 4 and all(re.fullmatch("[1-9][0-9]*", word) for word in words):
-            hands.append(tuple(sorted(map(int, words))))
+        hand = next(filter(four_numbers.fullmatch, [*cells, " ".join(cells)]), None)
+        if hand:
+            hands.append(tuple(sorted(map(int, hand.split()))))
         elif line.strip():
             sys.exit(f"{path}:{number}: four positive integers are expected, not {line!r}")
-    if not hands:
-        sys.exit(f"{path}: no hand in it")
-    return list(dict.fromkeys(hands))
+    return list(dict.fromkeys(hands)) or sys.exit(f"{path}: no hand in it")
 
 
 def refuse_overlap(task: str, train: list[dict], held_out: list[dict], path: Path) -> None:
