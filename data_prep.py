@@ -125,10 +125,7 @@ def choices(state: tuple, target: int) -> tuple:
         a, b = max(state[i], state[j]), min(state[i], state[j])
         others = tuple(value for k, value in enumerate(state) if k not in (i, j))
         steps = [(a, "+", b, a + b), (a, "-", b, a - b), (a, "*", b, a * b)]
-        if b:
-            steps.append((a, "/", b, Fraction(a, b)))
-        if a != b:
-            steps.append((b, "/", a, Fraction(b, a)))
+        steps += [(x, "/", y, Fraction(x, y)) for x, y in ((a, b), (b, a)) if y]
         states.update({step: (step[3], *others) for step in steps})
     found = [(step, after, reward.solvable(tuple(sorted(after)), target)) for step, after in states.items()]
     plain = [choice for choice in found if choice[0][3].denominator == 1 and choice[0][3] <= LARGEST]
@@ -255,7 +252,13 @@ def read_records(file: Path) -> Iterator[tuple[int, object]]:
             if part.strip():
                 yield from enumerate(records if isinstance(records, list) else [records], number)
     elif kind == ".csv":
-        yield from read_csv(file, text)
+        rows, line = csv.DictReader((part + "\n" for part in text.split("\n")), strict=True), 2
+        try:
+            for row in rows:
+                yield line, None if None in row else row        # more cells than the heading has
+                line = rows.line_num + 1
+        except csv.Error as error:      # a stray quote, which would swallow rows
+            sys.exit(f'{file}:{line}: {error}. Write a " within a cell twice, and such a cell between "')
     else:       # texts between lines of ---; a single one is named like the file: `title` or `singer - title`
         parts, line = re.split(r"(?m)^---[ \t]*$\n?", text), 1
         title = file.stem.rpartition(" - ")[2] if len(parts) == 1 else ""
@@ -263,25 +266,6 @@ def read_records(file: Path) -> Iterator[tuple[int, object]]:
             if part.strip() or len(parts) == 1:
                 yield line, {TITLE_FIELD.split()[0]: title, TEXT_FIELD.split()[0]: part}
             line += part.count("\n") + 1
-
-
-def read_csv(file: Path, text: str) -> Iterator[tuple[int, dict | None]]:
-    """Line and fields of each record of a csv. Exits with the line of a stray quote, which would swallow rows."""
-    csv.field_size_limit(2**30)
-    lines, records = text.split("\n"), []
-    rows, line = csv.DictReader((part + "\n" for part in lines), strict=True), 2
-    try:
-        for row in rows:
-            records.append((line, rows.line_num, row))
-            line = rows.line_num + 1
-    except csv.Error as error:
-        sys.exit(f'{file}:{line}: {error}. Write a " within a cell twice, and such a cell between "')
-    commas = lines[0].count(",")
-    mostly_lines = sum(end > begin for begin, end, _ in records) < len(records) / 2
-    for begin, end, row in records:
-        if end > begin and mostly_lines and commas and all(part.count(",") >= commas for part in lines[begin:end]):
-            sys.exit(f'{file}:{begin}: a " opens a cell that ends in line {end}, over what look like rows')
-        yield begin, None if None in row else row        # more cells than the heading has
 
 
 to_simplified = opencc.OpenCC("t2s").convert
@@ -414,20 +398,18 @@ def clean_texts(rows: list[dict]) -> Iterator[tuple[dict, str | None]]:
 
 
 def deduplicate(rows: list[dict]) -> Iterator[tuple[dict, str | None]]:
-    """Rows with "exact" (an earlier one has the same Han text), "near" (many of the same lines), or None."""
-    exact, sizes, texts_with = set(), [], defaultdict(list)     # Han texts; lines of each; line -> texts that have it
+    """Rows with "duplicate", if an earlier one has many of the same lines, or None."""
+    sizes, texts_with = [], defaultdict(list)       # number of lines of each text; line -> texts that have it
     for row in rows:
-        characters, lines = reward.han(row["text"]), distinct_lines(row["text"])
+        lines = distinct_lines(row["text"])
         shared = Counter(text for line in lines if len(texts_with[line]) <= STOCK_LINES for text in texts_with[line])
         near = any(count >= min(SHARED_LINES, len(lines)) and count >= CONTAINMENT * min(len(lines), sizes[text])
                    for text, count in shared.items())
-        reason = "exact" if characters in exact else "near" if near else None
-        if not reason:
-            exact.add(characters)
+        if not near:
             for line in lines:
                 texts_with[line].append(len(sizes))
             sizes.append(len(lines))
-        yield row, reason
+        yield row, "duplicate" if near else None
 
 
 def distinct_lines(text: str) -> set[str]:
@@ -440,11 +422,11 @@ def distinct_lines(text: str) -> set[str]:
 
 def keywords_offline(rows: list[dict]) -> list[list[str]]:
     """The WORDS best content words of each row by tf-idf, or fewer, of 2 to 4 Han characters, none part of another."""
-    tag_of, counts_of, stop_words = {}, [], STOP_WORDS.split()
+    counts_of, stop_words = [], STOP_WORDS.split()
     for row in rows:
-        words = [word for word, tag in rjieba.tag(row["text"]) if tag_of.setdefault(word, tag)[0] in "nvailts"]
-        words = [word for word in words if word not in stop_words and not tag_of[word].startswith("nr")]
-        counts_of.append(Counter(word for word in words if re.fullmatch(f"{han}{{2,4}}", word)))
+        words = [word for word, tag in rjieba.tag(row["text"]) if tag[0] in "nvailts" and not tag.startswith("nr")]
+        words = [word for word in words if word not in stop_words and re.fullmatch(f"{han}{{2,4}}", word)]
+        counts_of.append(Counter(words))
     documents = Counter(itertools.chain(*counts_of))
     least = MIN_DF if len(rows) >= 300 else 2
     most = max(least, MAX_DF * len(rows))
