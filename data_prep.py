@@ -711,7 +711,6 @@ def call_api(jobs: list[list[dict]], cache: Path, accept=lambda index, answer: T
             sys.exit("set the environment variable API_KEY, and API_BASE for another service than DeepSeek's")
         client = openai.OpenAI(base_url=os.environ.get("API_BASE", "https://api.deepseek.com/v1"), api_key=secret,
                                timeout=API_TIMEOUT, max_retries=API_RETRIES)
-        cache.parent.mkdir(parents=True, exist_ok=True)
         with ThreadPool(API_THREADS) as pool, open(cache, "a", encoding="utf-8", errors="replace") as file:
             file.write("\n")        # after the half line that a kill may leave
             try:
@@ -722,9 +721,6 @@ def call_api(jobs: list[list[dict]], cache: Path, accept=lambda index, answer: T
             except (openai.OpenAIError, ValueError, TypeError, IndexError, AttributeError) as error:
                 reason = " ".join(f"{type(error).__name__}: {error}".replace(secret, "***").split())[:400]
                 sys.exit(f"{API_MODEL} does not answer, rerun to ask only for what is missing: {reason}")
-    missing = len(set(keys) - answers.keys())
-    if missing:
-        print(f"{missing} of {len(set(keys))} answers of {API_MODEL} are unusable")
     return [answers.get(key) for key in keys]
 
 

@@ -196,11 +196,9 @@ def read_prompts(path: Path, train: Path) -> list[dict]:
     else:
         text = opencc.OpenCC("t2s").convert(path.read_text(encoding="utf-8-sig"))      # simplified, as the corpus is
         rows = [reward.question(TASK, line) for line in text.split("\n") if line.strip()]
-    if not rows:
-        sys.exit(f"{path} has nothing to evaluate")
     if train.is_file():
         reward.refuse_overlap(TASK, reward.read_rows(TASK, train, "prompt"), rows, path)
-    return [{"id": number, **row} for number, row in enumerate(rows)]
+    return [{"id": number, **row} for number, row in enumerate(rows)] or sys.exit(f"{path} has nothing to evaluate")
 
 
 def read_completed(folder: Path, policies) -> dict[str, list[dict]]:
@@ -609,7 +607,6 @@ def call_api(jobs: list[list[dict]], cache: Path, accept=lambda index, answer: T
             sys.exit("set the environment variable API_KEY, and API_BASE for another service than DeepSeek's")
         client = openai.OpenAI(base_url=os.environ.get("API_BASE", "https://api.deepseek.com/v1"), api_key=secret,
                                timeout=API_TIMEOUT, max_retries=API_RETRIES)
-        cache.parent.mkdir(parents=True, exist_ok=True)
         with ThreadPool(API_THREADS) as pool, open(cache, "a", encoding="utf-8", errors="replace") as file:
             file.write("\n")        # after the half line that a kill may leave
             try:
@@ -620,9 +617,6 @@ def call_api(jobs: list[list[dict]], cache: Path, accept=lambda index, answer: T
             except (openai.OpenAIError, ValueError, TypeError, IndexError, AttributeError) as error:
                 reason = " ".join(f"{type(error).__name__}: {error}".replace(secret, "***").split())[:400]
                 sys.exit(f"{API_MODEL} does not answer, rerun to ask only for what is missing: {reason}")
-    missing = len(set(keys) - answers.keys())
-    if missing:
-        print(f"{missing} of {len(set(keys))} answers of {API_MODEL} are unusable")
     return [answers.get(key) for key in keys]
 
 

@@ -77,7 +77,7 @@ def server(monkeypatch, tmp_path):
     monkeypatch.setattr(api, "API_RETRIES", 2)
     with Server() as server:
         monkeypatch.setenv("API_BASE", server.url)
-        server.cache = tmp_path / "new/cache.jsonl"
+        server.cache = tmp_path / "cache.jsonl"
         yield server
 
 
@@ -147,11 +147,11 @@ def test_the_answer_is_what_follows_the_thoughts(server, content, answer):
     assert ask(server, "x") == [answer] and server.asked["x"] == (1 if answer else 2)
 
 
-def test_an_answer_that_is_cut_off_or_not_accepted_is_asked_for_once_more(server, capfd):
+def test_an_answer_that_is_cut_off_or_not_accepted_is_asked_for_once_more(server):
     server.script |= {"a": [{"content": "bad"}], "c": [{"content": "half", "finish": "length"}]}
     found = ask(server, "a", "b", "c", accept=lambda index, answer: answer in ("re: a", "re: c", "half"))
     assert found == ["re: a", None, "re: c"] and server.asked == {"a": 2, "b": 2, "c": 2}
-    assert sorted(cached(server)) == ["re: a", "re: c"] and "1 of 3 answers" in capfd.readouterr().out
+    assert sorted(cached(server)) == ["re: a", "re: c"]
     assert ask(server, "a", accept=lambda index, answer: False) == [None]        # nor from the cache
 
 
