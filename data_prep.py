@@ -252,6 +252,7 @@ def read_records(file: Path) -> Iterator[tuple[int, object]]:
             if part.strip():
                 yield from enumerate(records if isinstance(records, list) else [records], number)
     elif kind == ".csv":
+        csv.field_size_limit(2**30)
         rows, line = csv.DictReader((part + "\n" for part in text.split("\n")), strict=True), 2
         try:
             for row in rows:
@@ -398,18 +399,20 @@ def clean_texts(rows: list[dict]) -> Iterator[tuple[dict, str | None]]:
 
 
 def deduplicate(rows: list[dict]) -> Iterator[tuple[dict, str | None]]:
-    """Rows with "duplicate", if an earlier one has many of the same lines, or None."""
-    sizes, texts_with = [], defaultdict(list)       # number of lines of each text; line -> texts that have it
+    """Rows with "exact" (an earlier one has the same Han text), "near" (many of the same lines), or None."""
+    exact, sizes, texts_with = set(), [], defaultdict(list)     # Han texts; lines of each; line -> texts that have it
     for row in rows:
-        lines = distinct_lines(row["text"])
+        characters, lines = reward.han(row["text"]), distinct_lines(row["text"])
         shared = Counter(text for line in lines if len(texts_with[line]) <= STOCK_LINES for text in texts_with[line])
         near = any(count >= min(SHARED_LINES, len(lines)) and count >= CONTAINMENT * min(len(lines), sizes[text])
                    for text, count in shared.items())
-        if not near:
+        reason = "exact" if characters in exact else "near" if near else None
+        if not reason:
+            exact.add(characters)
             for line in lines:
                 texts_with[line].append(len(sizes))
             sizes.append(len(lines))
-        yield row, "duplicate" if near else None
+        yield row, reason
 
 
 def distinct_lines(text: str) -> set[str]:
