@@ -8,7 +8,7 @@ Q = $(if $(filter lyrics,$(TASK)),月光 故乡 远方,3 3 8 8)
 RUN = .venv/bin/python
 # What was given on the command line, which make exports: so the shell sees no quotes, brackets or spaces of a value
 GIVEN = $(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$v))
-ARGS = $(foreach v,$(filter-out PYTHON MAKE% -%,$(GIVEN)),$(v)="$$$(v)")
+ARGS = $(foreach v,$(filter-out PYTHON Q MAKE% -%,$(GIVEN)),$(v)="$$$(v)")
 # Threads that spin while they wait for a core that another process has make a busy machine six times slower
 export GOMP_SPINCOUNT ?= 1000
 export Q

@@ -272,6 +272,8 @@ def distil(path: str, data: Path, constants: dict) -> None:
         if row["correct"] and len(of_prompt) < DISTIL_KEEP:
             of_prompt[row["completion"]] = row
     samples = [row for of_prompt in kept.values() for row in of_prompt.values()]
+    if not samples:
+        sys.exit(f"none of {len(completed)} completions of {path} is right: there is nothing to learn from")
     with written_aside(folder / "train.jsonl") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
     for name in ("val.jsonl", "test.jsonl", "table.json"):

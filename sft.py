@@ -340,6 +340,8 @@ def load_model(path: str):
                              bnb_4bit_compute_dtype=torch.bfloat16 if BF16 else torch.float32)
     try:
         torch.zeros(1, device=DEVICE)        # before a download: raises if the driver of the GPU does not work
+        if not Path(path).exists() and (path.count("/") > 1 or "/" in path and Path(path).parent.is_dir()):
+            raise OSError("no such folder")
         base = PeftConfig.from_pretrained(path).base_model_name_or_path if is_adapter else path
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(
@@ -347,9 +349,9 @@ def load_model(path: str):
             dtype=torch.bfloat16 if DEVICE == "cuda" and BF16 and LORA_RANK else torch.float32,
             attn_implementation="sdpa" if DEVICE == "cuda" else "eager")     # eager trains faster on a CPU
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
-        reason = "no such folder" if path.count("/") > 1 and not Path(path).exists() else str(error).splitlines()[0]
-        sys.exit(f"cannot load {path!r}: {reason}\nMODEL is a hub name, a folder with config.json, model.safetensors "
-                 "and the tokenizer, or tiny, which needs no download; `make sft` makes SFT; DEVICE=cpu uses no GPU")
+        sys.exit(f"cannot load {path!r}: {str(error).splitlines()[0]}\nMODEL is a hub name, tiny, which needs no "
+                 "download, or a folder with config.json, model.safetensors and tokenizer, such as models/smollm2 by "
+                 "`make smollm2` (tests/smollm2.py makes it of a .gguf); `make sft` makes SFT; DEVICE=cpu uses no GPU")
     if TINY != getattr(model.config, "tiny", False):
         sys.exit(f"MODEL={MODEL} sets the constants, but {path} is {'not ' if TINY else ''}a tiny model: set MODEL= to "
                  "the model that it was trained from")
