@@ -7,11 +7,11 @@ import re
 
 import opencc
 import pytest
-import raw_texts
+from commands import ROOT
 
 import data_prep
-import reward
 
+CORPUS = [json.loads(line)["text"] for line in (ROOT / "assets/verses.jsonl").read_text(encoding="utf-8").splitlines()]
 POEM = "床前明月光，\n疑是地上霜。\n举头望明月，\n低头思故乡。"
 BARE = "床前明月光\n疑是地上霜\n举头望明月\n低头思故乡"
 OTHER = "白日依山尽，\n黄河入海流。\n欲穷千里目，\n更上一层楼。"
@@ -221,23 +221,16 @@ def test_stock_phrases_prove_nothing():
     assert reasons(first, last) == [None, "near"] and reasons(first, *pairs, last) == [None] * 92
 
 
-def test_generated_texts():
-    """Nearly all texts are recovered, no foreign one is kept, duplicates are found, no unique text is lost."""
-    generated = list(raw_texts.generate(1500, seed=1))
-    rows = [{"source": str(i), "title": "", "text": text} for i, (text, _, _) in enumerate(generated)]
-    clean = [row for row, reason in data_prep.clean_texts(rows) if not reason]
-    text_of = {int(row["source"]): reward.han(row["text"]) for row in clean}
-    right = [text_of.get(i) == characters for i, (_, _, characters) in enumerate(generated) if characters]
-    assert sum(right) >= 0.995 * len(right)
-    dropped = {int(row["source"]) for row, reason in data_prep.deduplicate(clean) if reason}
-    lost = {kind: [i in dropped or i not in text_of for i, (_, found, _) in enumerate(generated) if found == kind]
-            for kind in ("unique", "exact", "near", "foreign")}
-    assert all(lost["foreign"]) and not any(lost["unique"])
-    assert all(lost["exact"]) and sum(lost["near"]) >= 0.95 * len(lost["near"])
+def test_a_corpus_stays_as_it_is_and_its_copies_are_found():
+    framed = [f"作词：张小明\n编曲:王一鸣\n{text}\n来源：网络\nQQ群：12345678" for text in CORPUS]
+    assert [data_prep.clean(text) for text in CORPUS + framed] == CORPUS + CORPUS
+    edited = ["\n".join(text.split("\n")[:0:-1]) for text in CORPUS]      # backwards, without the first line
+    assert reasons(*CORPUS, *CORPUS) == [None] * len(CORPUS) + ["exact"] * len(CORPUS)
+    assert reasons(*CORPUS, *edited).count("near") > 0.95 * len(CORPUS)
 
 
 def test_keywords_offline():
-    rows = [{"text": data_prep.clean(text)} for text, kind, _ in raw_texts.generate(400, seed=5) if kind == "unique"]
+    rows = [{"text": text} for text in CORPUS]
     found = data_prep.keywords_offline(rows)
     assert found == data_prep.keywords_offline(rows)
     assert sum(len(words) >= data_prep.KEYWORDS_MIN for words in found) > 0.9 * len(rows)
