@@ -36,10 +36,10 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.reply(200, step)
 
-    def reply(self, status, body, **headers):
+    def reply(self, status, body):
         self.send_response(status)
-        for name, value in {"Content-Length": len(body), "Content-Type": "application/json", **headers}.items():
-            self.send_header(name, str(value))
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Type", "application/json")
         self.end_headers()
         self.wfile.write(body)
 
@@ -184,13 +184,6 @@ def test_what_does_not_pass_stops_the_run_and_keeps_the_answers(server, monkeypa
     assert cached(server)[:2] == ["re: a", "re: b"] and server.asked["x"] == (3 if step == 503 else 1)
     assert server.asked.total() < 53
     assert KEY not in "".join(capfd.readouterr()) and KEY.encode() not in server.cache.read_bytes()
-
-
-def test_a_redirect_does_not_get_the_key(server):
-    with Server() as other:
-        server.script["x"] = [lambda handler: handler.reply(307, b"", Location=other.url + "/chat/completions")]
-        ask(server, "x")
-    assert other.requests and all(KEY not in str(authorization) for _, _, authorization in other.requests)
 
 
 def test_the_cost_is_told_and_bounded(server, monkeypatch, capfd):
