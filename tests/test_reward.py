@@ -191,17 +191,13 @@ def by_python(text):
     return value if isinstance(value, Fraction) else None, sorted(map(int, re.findall("[0-9]+", text)))
 
 
-def test_every_solvable_hand_and_answers_with_another_character():
-    """What the policy is taught earns everything, and a changed answer what Python says, mostly nothing."""
+def test_answers_with_another_character():
+    """A changed answer earns what Python says, mostly nothing."""
     rng = random.Random(0)
-    hands = combinations_with_replacement(range(1, 14), 4)
-    hands = [list(hand) for hand in hands if reward.solvable(tuple(map(Fraction, hand)), 24)]
-    assert len(hands) == 1362
-    for hand in hands:
-        completion = data_prep.write_trace(hand, 24, rng)
-        parts = score(completion, hand)
-        assert (parts["outcome"], parts["process"]) == (1, 1), completion
-        answer = completion.partition("<answer>")[2].removesuffix("</answer>")
+    for hand in rng.sample(list(combinations_with_replacement(range(1, 14), 4)), 400):
+        if not reward.solvable(hand, 24):
+            continue
+        answer = data_prep.write_trace(hand, 24, rng).partition("<answer>")[2].removesuffix("</answer>")
         answer = answer.replace(rng.choice([" ", "none"]), "")
         for _ in range(3):
             place, put = rng.randrange(len(answer) + 1), rng.choice([*"0123456789+-*/() ", *[""] * 9])
@@ -215,7 +211,7 @@ def test_every_solvable_hand_and_answers_with_another_character():
             else:
                 found, numbers = reward.parse_expression(changed)
                 assert (found, sorted(numbers)) == (value, leaves) and isinstance(found, Fraction)
-                assert outcome == (leaves == sorted(hand)) * (1 if value == 24 else 0.35), changed
+                assert outcome == (leaves == list(hand)) * (1 if value == 24 else 0.35), changed
 
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
@@ -232,9 +228,11 @@ def test_any_text_has_a_score_and_a_reward_for_each_line(completion, truncated):
 
 
 @settings(max_examples=200, deadline=None, database=None)
-@given(st.lists(st.integers(1, 13), min_size=4, max_size=4), st.integers(0, 40), st.randoms(use_true_random=False))
-def test_random_reasoning(hand, lines, rng):
+@given(st.integers(0, 2**32))
+def test_random_reasoning(seed):
     """Right steps, repeats, wrong results, states never reached, and prose: the writer knows which is which."""
+    rng = random.Random(seed)
+    hand, lines = rng.choices(range(1, 14), k=4), rng.randint(0, 40)
     reached, done, text = [tuple(sorted(map(Fraction, hand)))], set(), []
     for _ in range(lines):
         state = rng.choice([s for s in reached if len(s) > 1])
