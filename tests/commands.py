@@ -25,7 +25,7 @@ GRPO = {"model": "tiny", "prompts_per_step": 3, "group_size": 6, "max_new_tokens
 
 SERVER = """
 import gc, json, os, runpy, sys, traceback
-import bitsandbytes, matplotlib.pyplot, peft, torch, torch.utils.tensorboard
+import bitsandbytes, matplotlib.pyplot, openai, opencc, peft, pypinyin.constants, torch, torch.utils.tensorboard
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 gc.freeze()
 for line in sys.stdin:

@@ -4,27 +4,16 @@ import itertools
 import json
 import os
 import re
-import subprocess
-import sys
 
 import pytest
-from commands import ROOT, load, read, write
+from commands import ROOT, done, load, read, refused, write
 
 import data_prep
 import reward
 
 CORPUS = ROOT / "assets/verses.jsonl"
-SMALL = {"TRACES_PER_HAND": 2, "VAL_HANDS": 5, "TEST_HANDS": 5, "HIGHEST": 6}
+SMALL = {"traces_per_hand": 2, "val_hands": 5, "test_hands": 5, "highest": 6}
 FEW = CORPUS.read_text(encoding="utf-8").split("\n")[:72]
-
-
-def prepare(out, **constants):
-    """Runs data_prep.py; returns its exit status and output."""
-    words = [f"{name}={value}" for name, value in {"OUT": out, **constants}.items()]
-    command = [sys.executable, ROOT / "data_prep.py", *words]
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert "Traceback" not in result.stdout, result.stdout
-    return result.returncode, result.stdout
 
 
 def splits(folder):
@@ -39,8 +28,8 @@ def hands_of(folder):
     return {name: {tuple(sorted(row["numbers"])) for row in rows} for name, rows in splits(folder).items()}
 
 
-def test_all_hands(tmp_path):
-    assert prepare(tmp_path, TRACES_PER_HAND=2)[0] == 0
+def test_all_hands(run, tmp_path):
+    done(run("data_prep", out=tmp_path, traces_per_hand=2))
     hands = hands_of(tmp_path / "data")
     assert {name: len(split) for name, split in hands.items()} == {"train": 954, "val": 136, "test": 272}
     assert len(set().union(*hands.values())) == 1362
@@ -56,10 +45,10 @@ def test_all_hands(tmp_path):
     assert (summary["hands"], summary["solvable"], summary["test"]["rows"]) == (1820, 1362, 272)
 
 
-def test_hands_held_out_are_the_test_split_also_of_another_target(tmp_path):
+def test_hands_held_out_are_the_test_split_also_of_another_target(run, tmp_path):
     hands = write(tmp_path / "hands.txt", "4 3 2 1", "6 5 3 4", "", "5 6 4 3", "1 1 1 1")
-    output = prepare(tmp_path, HOLDOUT=hands, TARGET=10, **SMALL)[1]
-    assert "these cannot make 10 and are left out: [(1, 1, 1, 1)]" in output
+    settings = {**SMALL, "out": tmp_path, "holdout": hands, "target": 10}
+    assert "these cannot make 10 and are left out: [(1, 1, 1, 1)]" in done(run("data_prep", **settings))
     found = hands_of(tmp_path / "data")
     assert found["test"] == {(1, 2, 3, 4), (3, 4, 5, 6)} and not found["test"] & (found["train"] | found["val"])
     every = itertools.combinations_with_replacement(range(1, 7), 4)
@@ -68,7 +57,7 @@ def test_hands_held_out_are_the_test_split_also_of_another_target(tmp_path):
         assert row["prompt"].startswith("Make 10 from") and row["target"] == 10
         assert reward.score("game24", row["completion"], row)["outcome"] == 1
     write(hands, "4 3 2 1")
-    assert "hands of HOLDOUT was" in prepare(tmp_path, HOLDOUT=hands, TARGET=10, **SMALL)[1]
+    assert "hands of HOLDOUT was" in done(run("data_prep", **settings))
 
 
 @pytest.mark.parametrize("lines", [
@@ -99,43 +88,36 @@ WITH_A_COMMON_LINE = [json.dumps({"text": "我们一起来唱歌\n" + json.loads
 
 
 @pytest.mark.parametrize("option, texts, reason", [
-    ({"TEST_HANDS": 2000}, [], "no hand is left"), ({"TASK": "chess"}, [], "TASK=chess"),
-    ({"HOLDOUT": os.devnull}, [], "no hand in it"),
-    *(({"TASK": "lyrics"}, texts, "too few texts") for texts in (FEW[:40], WITH_A_COMMON_LINE, FEW[:1] * 90))])
-def test_impossible_data_is_refused(tmp_path, option, texts, reason):
+    ({"test_hands": 2000}, [], "no hand is left"), ({"task": "chess"}, [], "TASK=chess"),
+    ({"holdout": os.devnull}, [], "no hand in it"),
+    *(({"task": "lyrics"}, texts, "too few texts") for texts in (FEW[:40], WITH_A_COMMON_LINE, FEW[:1] * 90))])
+def test_impossible_data_is_refused(run, tmp_path, option, texts, reason):
     raw = write(tmp_path / "raw.jsonl", *texts)
-    status, output = prepare(tmp_path, **{**SMALL, "RAW": raw, **option})
-    assert status and reason in output.splitlines()[-1] and not (tmp_path / "data/summary.json").exists()
+    output = refused(run("data_prep", **{**SMALL, "out": tmp_path, "raw": raw, **option}))
+    assert reason in output.splitlines()[-1] and not (tmp_path / "data/summary.json").exists()
 
 
 @pytest.mark.parametrize("task", ["game24", "lyrics"])
-def test_same_seed_same_bytes_and_other_data_another_run(tmp_path, task):
+def test_same_seed_same_bytes_and_other_data_another_run(run, tmp_path, task):
     raw = write(tmp_path / "raw/sub/a.jsonl", *FEW)
-    options = SMALL if task == "game24" else {"TASK": "lyrics", "VARIANTS": 3, "RAW": raw.parent}
+
+    def prepare(name, seed=0):
+        options = SMALL if task == "game24" else {"task": "lyrics", "variants": 3, "raw": raw.parent}
+        return done(run("data_prep", out=tmp_path / name, seed=seed, **options))
+
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        prepare(tmp_path / name, **options, SEED=seed)
+        prepare(name, seed)
     a, b, c = (files(tmp_path / name / "data") for name in "abc")
     assert a == b and len(a) == (3 if task == "game24" else 9) and all(a[name] != c[name] for name in a)
-    assert "is complete" in prepare(tmp_path / "a", **options)[1]
+    assert "is complete" in prepare("a")
     write(raw.parent / "b.json", '{"text": "\\ud800"}')         # dropped and shown, which no terminal can print
-    output = prepare(tmp_path / "a", **options, SEED=1)[1]
+    output = prepare("a", 1)
     assert "SEED was 0, is 1" in output and ("files of RAW was" in output) == (task == "lyrics")
     assert files(tmp_path / "a/data") == c and files(tmp_path / "a/data.1") == a
     (tmp_path / "a/data/summary.json").unlink()         # as if it had been cut off
     (tmp_path / "a/data/val.jsonl").unlink()
-    prepare(tmp_path / "a", **options, SEED=1)
+    prepare("a", 1)
     assert files(tmp_path / "a/data") == c and not (tmp_path / "a/data.2").exists()
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """The data folder of the embedded corpus; the reward knows its texts."""
-    out, before = tmp_path_factory.mktemp("corpus"), dict(reward.table)
-    assert prepare(out, TASK="lyrics", VARIANTS=3)[0] == 0
-    reward.use_data("lyrics", out / "data")
-    yield out / "data"
-    reward.table.clear()
-    reward.table.update(before)
 
 
 def test_rows(corpus):

@@ -4,13 +4,11 @@ import itertools
 import json
 import math
 import random
-import subprocess
-import sys
 from collections import defaultdict
 from statistics import fmean
 
 import pytest
-from commands import ROOT, read
+from commands import read
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,16 +17,6 @@ import reward
 
 WEIGHTS = {"format": 0.25, "window": 0.15, "coverage": 0.30, "rhyme": 0.20, "parallel": 0.10}
 GATES = ("finished", "chinese", "repetition", "fluency", "ending", "original")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """The data folder of the embedded corpus; the reward knows its texts."""
-    out = tmp_path_factory.mktemp("corpus")
-    subprocess.run([sys.executable, ROOT / "data_prep.py", "TASK=lyrics", "VARIANTS=3", f"OUT={out}"], check=True)
-    reward.use_data("lyrics", out / "data")
-    yield out / "data"
-    reward.table.clear()
 
 
 def score(completion, row, truncated=False):
