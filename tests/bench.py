@@ -27,6 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from commands import read, write
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -95,12 +96,8 @@ def random_policy(folder: str, shape: str, mean: float = math.inf, dtype=torch.f
     random_model(shape, mean, dtype).save_pretrained(folder)
     rows = [{"prompt": " ".join(f"w{i}" for i in ids), "numbers": [number, 1, 1, 1]}
             for number, ids in enumerate(random_prompts(64), 1)]
-    write_data(folder, rows[1:], rows[:1])
-
-
-def write_data(folder: str, train: list[dict], val: list[dict]) -> None:
-    for split, rows in (("train", train), ("val", val)):
-        Path(folder, f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write(Path(folder, "train.jsonl"), *rows[1:])
+    write(Path(folder, "val.jsonl"), rows[0])
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
@@ -168,12 +165,11 @@ def our_steps(policy: str, data: str, steps: int, **constants) -> float:
     A step lasts from one line of the log to the next, except for the evaluation, which only the last step has.
     """
     with tempfile.TemporaryDirectory() as out, open(os.devnull, "w") as nowhere:
-        constants = {"SFT": policy, "DATA": data, "OUT": out, "STEPS": steps + 1, "EVAL_EVERY": 10**6,
-                     **constants}
+        constants |= {"SFT": policy, "DATA": data, "OUT": out, "STEPS": steps + 1, "EVAL_EVERY": 10**6}
         sys.argv = ["grpo.py", *(f"{name}={value}" for name, value in constants.items())]
         with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             grpo.main()
-        log = [json.loads(line) for line in Path(out, "grpo/log.jsonl").read_text(encoding="utf-8").splitlines()]
+        log = read(Path(out, "grpo/log.jsonl"))
     total = log[-1]["seconds"] - log[1]["seconds"] - log[-1]["val_seconds"]
     tokens = constants["PROMPTS_PER_STEP"] * constants["GROUP_SIZE"] * sum(line["tokens"] for line in log[2:])
     share = sum(line["rollout_seconds"] for line in log[2:]) / total
@@ -229,7 +225,8 @@ def bench_real() -> None:
     with tempfile.TemporaryDirectory() as data:
         prompts = list({row["prompt"]: row for row in train}.values())
         same_every_step = random.Random(0).sample(prompts, REAL["PROMPTS_PER_STEP"])
-        write_data(data, same_every_step, val[:1])
+        write(Path(data, "train.jsonl"), *same_every_step)
+        write(Path(data, "val.jsonl"), val[0])
         against_trl(SFT, data, keys, {0, grpo.BF16}, (32, 64, 128), 4, **REAL)
 
 
@@ -260,10 +257,9 @@ def our_rollout(model, prompts: list[list[int]], new: int) -> list[list[int]]:
         return grpo.rollout(model, prompts, max_new_tokens=new, temperature=TEMPERATURE, top_p=1.0, eos_ids=[0])
 
 
-def generate(model, prompts: list[list[int]], new: int, cache: str | None) -> list[list[int]]:
-    settings = GenerationConfig(
-        max_new_tokens=new, do_sample=True, temperature=TEMPERATURE, top_p=1.0, top_k=0, eos_token_id=0, pad_token_id=0,
-        cache_implementation=cache, disable_compile=not CUDA)
+def generate(model, prompts: list[list[int]], new: int) -> list[list[int]]:
+    settings = GenerationConfig(max_new_tokens=new, do_sample=True, temperature=TEMPERATURE, top_p=1.0, top_k=0,
+                                eos_token_id=0, pad_token_id=0)
     input_ids = torch.tensor(prompts, device=model.device)
     output = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), generation_config=settings)
     return output[:, input_ids.shape[1]:].tolist()
@@ -282,12 +278,9 @@ def bench_rollout() -> None:
         prompts, model = random_prompts(count), random_model(shape, mean).to(grpo.DEVICE)
         other = copy.deepcopy(model).to(dtype)          # `generate` is slower under autocast
         other.set_attn_implementation("sdpa")
-        ours, dynamic, static = alternate(
-            lambda: useful_per_second(our_rollout, model, prompts, new),
-            lambda: useful_per_second(generate, other, prompts, new, None),
-            lambda: useful_per_second(generate, other, prompts, new, "static"), rounds=rounds)
-        report(f"rollout_{shape.lower()}_vs_hf", "tokens/s", ours, dynamic)
-        report(f"rollout_{shape.lower()}_vs_hf_static", "tokens/s", ours, static)
+        works = [lambda: useful_per_second(our_rollout, model, prompts, new),
+                 lambda: useful_per_second(generate, other, prompts, new)]
+        report(f"rollout_{shape.lower()}_vs_hf", "tokens/s", *alternate(*works, rounds=rounds))
 
 
 # ---- update ---------------------------------------------------------------------------------------------------------

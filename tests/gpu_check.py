@@ -3,7 +3,6 @@
 The model is models/smollm2 (`make smollm2`), and for speed and memory a random one of the shape of 1.5B.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import bench
 import torch
+from commands import read
 
 ROOT = bench.ROOT
 SMALL = {"MODEL": ROOT / "models/smollm2", "HIGHEST": 6, "VAL_HANDS": 10, "TEST_HANDS": 10, "TRACES_PER_HAND": 16,
@@ -93,11 +93,8 @@ def decode(policy: str) -> str:
 
 
 def memory_of_a_step(policy: str) -> str:
-    peaks = {}
-    for chunk, counted in PEAKS.items():
-        expression = (f"peak_above(our_steps, {policy!r}, {policy!r}, 1, PROMPTS_PER_STEP=12, GROUP_SIZE=8, "
-                      f"MAX_NEW_TOKENS=1024, HEAD_CHUNK={chunk})")
-        peaks[chunk] = bench.apart(expression)
+    step = f"peak_above(our_steps, {policy!r}, {policy!r}, 1, PROMPTS_PER_STEP=12, GROUP_SIZE=8, MAX_NEW_TOKENS=1024"
+    peaks = {chunk: bench.apart(f"{step}, HEAD_CHUNK={chunk})") for chunk in PEAKS}
     text = ", ".join(f"HEAD_CHUNK={chunk}: {peak:.1f} GiB (counted {PEAKS[chunk]})" for chunk, peak in peaks.items())
     assert all(abs(peak / PEAKS[chunk] - 1) < 0.15 for chunk, peak in peaks.items()), text
     return text
@@ -111,8 +108,7 @@ def below_a_cap(policy: str) -> str:
 def train(out: str) -> str:
     for script in ("data_prep.py", "sft.py", "grpo.py"):
         checked(run(script, OUT=out, **SMALL))
-    log = [json.loads(line) for line in Path(out, "grpo/log.jsonl").read_text().splitlines()]
-    step = log[1]
+    step = read(Path(out, "grpo/log.jsonl"))[1]
     text = f"sampler_error {step['sampler_error']:.4f}, ratio_error {step['ratio_error']:.1e}, KL {step['kl']:.1e}"
     assert step["sampler_error"] < 0.03 and step["ratio_error"] < 1e-4 and step["kl"] == 0, text
     return text
