@@ -1,59 +1,46 @@
 """Models and surroundings that users bring: a clear line, or the right tokens."""
 
-import sys
-
 import pytest
 from commands import refused, write
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-import grpo
 import sft
 
 WORDS = {word: index for index, word in enumerate("<pad> <bos> <eos> Make 24 from 1 2025 end\n".split(" "))}
 
 
-def word_tokenizer(template="<bos> $A <eos>", **special):
+def word_tokenizer(template):
     tokenizer = Tokenizer(models.WordLevel(WORDS, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
     tokenizer.post_processor = processors.TemplateProcessing(
         single=template, special_tokens=[(name, WORDS[name]) for name in ("<bos>", "<eos>")])
-    special = {"bos_token": "<bos>", "eos_token": "<eos>", **special}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-
-
-def pretrained(folder, tokenizer, **config):
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-             "num_attention_heads": 2}
-    AutoModelForCausalLM.from_config(LlamaConfig(**{**sizes, **config})).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>")
 
 
 def test_a_prompt_has_the_bos_of_the_tokenizer_and_no_eos():
-    assert sft.encode_prompt(word_tokenizer(), "Make 24 end") == [1, 3, 4, 8]
-    assert sft.encode_prompt(word_tokenizer(template="$A"), "Make 24 end") == [3, 4, 8]
+    assert sft.encode_prompt(word_tokenizer("<bos> $A <eos>"), "Make 24 end") == [1, 3, 4, 8]
+    assert sft.encode_prompt(word_tokenizer("$A"), "Make 24 end") == [3, 4, 8]
 
 
 def test_a_template_with_the_date_of_today_gives_the_same_prompt_every_day():
-    tokenizer = word_tokenizer(template="$A")
+    tokenizer = word_tokenizer("$A")
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
     assert sft.encode_prompt(tokenizer, "Make 24") == [WORDS["1"], 0, WORDS["2025"], 3, 4]
 
 
-@pytest.mark.parametrize("script", [sft, grpo])
-def test_samples_beyond_the_positions_of_the_model_are_named_before_training(script, tmp_path, monkeypatch):
-    folder = pretrained(tmp_path / "model", word_tokenizer(), max_position_embeddings=8)
+@pytest.mark.parametrize("script", ["sft", "grpo"])
+def test_samples_beyond_the_positions_of_the_model_are_named_before_training(run, tmp_path, script):
     row = {"prompt": "Make 24 from 1 1 1 1", "completion": "1 1 1 1 1", "numbers": [1, 1, 1, 1]}
+    folder = tmp_path / "model"
+    model, tokenizer = sft.new_tiny_model([row["prompt"]])
+    model.config.max_position_embeddings = 8
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     write(tmp_path / "data/train.jsonl", row)
     write(tmp_path / "data/val.jsonl", {**row, "numbers": [1, 1, 1, 2]})
-    constants = {"MODEL": folder, "SFT": folder, "OUT": tmp_path, "DATA": tmp_path / "data", "DEVICE": "cpu",
-                 "LORA_RANK": 0}
-    monkeypatch.setattr(sys, "argv", [script.__name__, *(f"{name}={value}" for name, value in constants.items())])
-    with pytest.raises(SystemExit, match="knows only 8 positions"):
-        script.main()
-    script.configure(["DEVICE=cpu"])        # the constants are those of the module: back to the defaults
-    assert not list(tmp_path.glob("*/step-*.pt"))
+    output = refused(run(script, model="tiny", init_from=folder, sft=folder, out=tmp_path, data=tmp_path / "data"))
+    assert "knows only 8 positions" in output and not list(tmp_path.glob("*/step-*.pt"))
 
 
 @pytest.mark.parametrize("script", ["sft", "grpo", "eval"])
