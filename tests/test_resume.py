@@ -159,7 +159,7 @@ def test_constants_that_change_no_result_leave_a_finished_run_complete(run, base
 
 
 @pytest.mark.parametrize("changed, difference", [
-    ({"lr": 0.003}, "LR was 0.0002, is 0.003"), ({"seed": 1}, "SEED was 0, is 1"),
+    ({"lr": 0.003}, "LR was 0.0002, is 0.003"),
     ({"well_formed": 0.25}, "WELL_FORMED was 0.35, is 0.25"), ("data", "train.jsonl was"), ("sft", "weights was")])
 def test_another_run_is_begun_and_the_old_one_kept(run, base, finished, changed, difference):
     link = finished.parent / "here/grpo"        # the folder of a run may be a link to another disk
@@ -196,10 +196,10 @@ def test_a_folder_in_use_and_an_unfinished_policy_are_refused(run, base, tmp_pat
 
 def test_evaluations_without_a_better_policy_end_the_run(run, base, tmp_path):
     constant = "import reward; reward.score = lambda *_: {'reward': 0.5, 'correct': 0.0, 'answered': 1.0}"
-    settings = options(base, "grpo", "fp32") | {"steps": 9, "eval_every": 1, "patience": 4}
+    settings = options(base, "grpo", "fp32") | {"steps": 9, "eval_every": 1, "patience": 2}
     output = done(run("grpo", out=tmp_path, before=constant, **settings))
-    assert "no better policy in 4 evaluations" in output
-    assert load(tmp_path / "grpo/summary.json")["steps"] == 4
+    assert "no better policy in 2 evaluations" in output
+    assert load(tmp_path / "grpo/summary.json")["steps"] == 2
 
 
 @pytest.mark.parametrize("script", ["sft", "grpo"])
