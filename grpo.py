@@ -12,7 +12,6 @@ reference is the SFT policy, and the policy that was best on val is kept, becaus
 
 import ast
 import contextlib
-import copy
 import difflib
 import fcntl
 import hashlib
@@ -373,20 +372,13 @@ def main() -> None:
     folder = open_run(Path(OUT, "grpo"), constants, inputs)
     eos_ids = end_ids(model, tokenizer)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    copied_reference, reference_parameters = None, []
-    if BETA and isinstance(model, PeftModel):        # a second adapter on the same base
-        model.add_adapter("reference", model.peft_config["default"])
-        reference_parameters = [weight for name, weight in model.named_parameters() if ".reference." in name]
-        set_weights(reference_parameters, parameters)
-    elif BETA:
-        copied_reference = copy.deepcopy(model).requires_grad_(False).eval()
-        reference_parameters = list(copied_reference.parameters())
+    reference = [parameter.detach().clone() for parameter in parameters] if BETA else []
     make_optimizer = AdamW8bit if LORA_RANK else torch.optim.AdamW
     optimizer = make_optimizer(parameters, lr=LR, betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY)
     run = {"step": -1, "running_mean": None, "running_std": None, "line_mean": None, "line_std": None,
            "best": -math.inf, "last": 0.0, "best_step": 0, "first_distinct_2": 0.0, "evaluations_since_best": 0,
            "skipped": 0, "seconds": 0.0}
-    saved_parameters = parameters + (reference_parameters if REFERENCE_EVERY else [])
+    saved_parameters = parameters + (reference if REFERENCE_EVERY else [])
     load_checkpoint(folder, run, saved_parameters, [optimizer])
     vocabulary = [[token] for token in range(model.get_input_embeddings().num_embeddings)]
     texts = tokenizer.batch_decode(vocabulary, skip_special_tokens=True) if CREDIT == "steps" else ()
@@ -459,9 +451,10 @@ def main() -> None:
                        "sampler_logprobs": torch.zeros(loss_mask.shape, device=DEVICE).masked_scatter(
                            loss_mask, sampler_logprobs)}
             if BETA:
-                with reference_policy(model, copied_reference) as reference:
-                    tensors["ref_logprobs"], micro_batch_tokens = halve_on_oom(
-                        lambda size: all_logprobs(reference, tensors, size), micro_batch_tokens, "MICRO_BATCH_TOKENS")
+                swap_weights(parameters, reference)
+                tensors["ref_logprobs"], micro_batch_tokens = halve_on_oom(
+                    lambda size: all_logprobs(model, tensors, size), micro_batch_tokens, "MICRO_BATCH_TOKENS")
+                swap_weights(parameters, reference)
             if UPDATES_PER_ROLLOUT > 1:
                 tensors["old_logprobs"], micro_batch_tokens = halve_on_oom(
                     lambda size: all_logprobs(model, tensors, size), micro_batch_tokens, "MICRO_BATCH_TOKENS")
@@ -480,7 +473,7 @@ def main() -> None:
                     run["skipped"] += 1
             log |= metrics | {"skipped": run["skipped"], "update_seconds": time.time() - clock}
             if BETA and REFERENCE_EVERY and step % REFERENCE_EVERY == 0:
-                set_weights(reference_parameters, parameters)
+                set_weights(reference, parameters)
 
         # 6 log, evaluate, save
         if step % EVAL_EVERY == 0 or step == STEPS:
@@ -563,15 +556,10 @@ def distinct_2(texts: list[str]) -> float:
     return len(set(pairs)) / max(1, len(pairs))
 
 
-@contextlib.contextmanager
-def reference_policy(model, copied):
-    """The reference: the frozen copy if all weights train, else the model with its second adapter."""
-    if copied is not None:
-        yield copied
-    else:
-        model.set_adapter("reference", inference_mode=True)
-        yield model
-        model.set_adapter("default")
+def swap_weights(parameters: list, others: list) -> None:
+    """Makes the model the reference policy, or back: each parameter points to the other's memory, nothing is copied."""
+    for parameter, other in zip(parameters, others, strict=True):
+        parameter.data, other.data = other.data, parameter.data
 
 
 @torch.no_grad()
@@ -799,7 +787,7 @@ def set_weights(parameters: list, weights: list) -> None:
 def write_policy(folder: Path, model, tokenizer, parameters: list) -> None:
     """Writes the weights of best.pt as transformers or peft reads them: the policy that the next stage takes."""
     set_weights(parameters, load_tensors(folder / "best.pt") or sys.exit(f"delete {folder} to train again"))
-    options = {"selected_adapters": ["default"], "save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+    options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
     model.save_pretrained(folder, **options)
     tokenizer.save_pretrained(folder)
 

@@ -429,7 +429,7 @@ def set_weights(parameters: list, weights: list) -> None:
 def write_policy(folder: Path, model, tokenizer, parameters: list) -> None:
     """Writes the weights of best.pt as transformers or peft reads them: the policy that the next stage takes."""
     set_weights(parameters, load_tensors(folder / "best.pt") or sys.exit(f"delete {folder} to train again"))
-    options = {"selected_adapters": ["default"], "save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+    options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
     model.save_pretrained(folder, **options)
     tokenizer.save_pretrained(folder)
 
