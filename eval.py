@@ -157,24 +157,24 @@ def complete_rows(model, tokenizer, rows: list[dict], samples) -> list[dict]:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if any(tokenizer.unk_token_id in ids for ids in prompt_ids):
         print("warning: prompts have words that the model does not know")
-    completed, size = [], EVAL_ROWS
+    completed = []
     for sample in samples:
         sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0} if sample else {}
         # it replaces the model's own, from which generate would take what is not set, such as a repetition penalty
         model.generation_config = GenerationConfig(max_new_tokens=MAX_NEW_TOKENS, eos_token_id=eos_ids,
                                                    pad_token_id=tokenizer.pad_token_id, **sampling)
 
-        def generate(size):
+        def generate():
             torch.manual_seed(SEED * 2**20 + sample)
             completions = []
-            for start in tqdm(range(0, len(rows), size), f"sample {sample}", unit="batch", leave=False):
-                batch = {"input_ids": prompt_ids[start:start + size]}
+            for start in tqdm(range(0, len(rows), EVAL_ROWS), f"sample {sample}", unit="batch", leave=False):
+                batch = {"input_ids": prompt_ids[start:start + EVAL_ROWS]}
                 batch = tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(DEVICE)
                 with torch.autocast(DEVICE, torch.bfloat16, enabled=bool(BF16) and not TINY):
                     completions += model.generate(**batch)[:, batch["input_ids"].shape[1]:].tolist()
             return completions
 
-        completions, size = halve_on_oom(generate, size, "EVAL_ROWS")
+        completions = halve_on_oom("EVAL_ROWS", generate)
         for row, ids in zip(rows, completions, strict=True):
             ids = ids[:next((place + 1 for place, token in enumerate(ids) if token in eos_ids), len(ids))]
             text = tokenizer.decode(ids, skip_special_tokens=True)
@@ -535,17 +535,17 @@ def agreement(folder: Path, sheet: Path) -> None:
 # ---- small functions: the same in grpo.py ---------------------------------------------------------------------------
 
 
-def halve_on_oom(work, size: int, name: str):
-    """Result of work(size), with half the size as often as the GPU runs out of memory; and the size that fitted."""
+def halve_on_oom(name: str, work, *args):
+    """work(*args), with half of the constant `name`, which it reads, as often as the GPU runs out of memory."""
     while True:
         try:
-            return work(size), size
+            return work(*args)
         except torch.OutOfMemoryError:
-            if size == 1:
+            if globals()[name] == 1:
                 raise
         torch.cuda.empty_cache()       # not above: there the error still holds the tensors of the failed work
-        size //= 2
-        tqdm.write(f"out of memory: {name}={size} from here on")
+        globals()[name] //= 2
+        tqdm.write(f"out of memory: {name}={globals()[name]} from here on")
 
 
 def end_ids(model, tokenizer) -> list[int]:

@@ -385,7 +385,6 @@ def main() -> None:
     newlines = torch.tensor([text.count("\n") for text in texts], device=DEVICE)
     writer = SummaryWriter(folder / "tensorboard", purge_step=run["step"] + 1)
     began = time.time() - run["seconds"]
-    rollout_rows, micro_batch_tokens = ROLLOUT_ROWS, MICRO_BATCH_TOKENS
     # prompts in random order, epoch after epoch. The position is the step, so a resumed run skips those before it
     epochs = (random.Random(f"{SEED} {epoch}").sample(train, len(train)) for epoch in itertools.count())
     prompts = itertools.islice(itertools.chain.from_iterable(epochs), max(0, run["step"]) * PROMPTS_PER_STEP, None)
@@ -400,9 +399,8 @@ def main() -> None:
             # 1 rollout: GROUP_SIZE completions of each prompt
             clock = time.time()
             batch = [row for row in itertools.islice(prompts, PROMPTS_PER_STEP) for _ in range(GROUP_SIZE)]
-            completions, rollout_rows = halve_on_oom(
-                lambda rows: complete(model, tokenizer, batch, eos_ids, TOP_P, SEED * 2**20 + step, rows),
-                rollout_rows, "ROLLOUT_ROWS")
+            seed = SEED * 2**20 + step
+            completions = halve_on_oom("ROLLOUT_ROWS", complete, model, tokenizer, batch, eos_ids, TOP_P, seed)
             prompts_and_ids = [(each["row"]["prompt_ids"], each["ids"]) for each in completions]
             input_ids, loss_mask = collate([(prompt + ids, len(prompt)) for prompt, ids in prompts_and_ids])
             log["rollout_seconds"] = time.time() - clock
@@ -452,20 +450,17 @@ def main() -> None:
                            loss_mask, sampler_logprobs)}
             if BETA:
                 swap_weights(parameters, reference)
-                tensors["ref_logprobs"], micro_batch_tokens = halve_on_oom(
-                    lambda size: all_logprobs(model, tensors, size), micro_batch_tokens, "MICRO_BATCH_TOKENS")
+                tensors["ref_logprobs"] = halve_on_oom("MICRO_BATCH_TOKENS", all_logprobs, model, tensors)
                 swap_weights(parameters, reference)
             if UPDATES_PER_ROLLOUT > 1:
-                tensors["old_logprobs"], micro_batch_tokens = halve_on_oom(
-                    lambda size: all_logprobs(model, tensors, size), micro_batch_tokens, "MICRO_BATCH_TOKENS")
+                tensors["old_logprobs"] = halve_on_oom("MICRO_BATCH_TOKENS", all_logprobs, model, tensors)
 
             # 5 clipped update
             decay = 1 - (1 - MIN_LR) * max(0, step - WARMUP) / max(1, STEPS - WARMUP)
             for group in optimizer.param_groups:
                 group["lr"] = log["lr"] = LR * min(step / max(1, WARMUP), decay)
             for _ in range(UPDATES_PER_ROLLOUT):
-                metrics, micro_batch_tokens = halve_on_oom(
-                    lambda size: accumulate_gradient(model, tensors, size), micro_batch_tokens, "MICRO_BATCH_TOKENS")
+                metrics = halve_on_oom("MICRO_BATCH_TOKENS", accumulate_gradient, model, tensors)
                 log["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, GRAD_CLIP).item()
                 if math.isfinite(log["grad_norm"]):
                     optimizer.step()
@@ -477,9 +472,7 @@ def main() -> None:
 
         # 6 log, evaluate, save
         if step % EVAL_EVERY == 0 or step == STEPS:
-            val_log, rollout_rows = halve_on_oom(
-                lambda rows: evaluate(model, tokenizer, val, eos_ids, rows), rollout_rows, "ROLLOUT_ROWS")
-            log |= val_log
+            log |= halve_on_oom("ROLLOUT_ROWS", evaluate, model, tokenizer, val, eos_ids)
             run["last"] = log[f"val_{BEST_BY}"]
             run["first_distinct_2"] = run["first_distinct_2"] or log["val_distinct_2"]
             run["evaluations_since_best"] += 1
@@ -521,15 +514,15 @@ def main() -> None:
 # ---- the parts of a step --------------------------------------------------------------------------------------------
 
 
-def complete(model, tokenizer, batch: list[dict], eos_ids: list[int], top_p: float, seed: int, rows: int) -> list[dict]:
-    """A completion for each row of a batch, `rows` at a time: its row, ids, text, logprobs, and if it is truncated."""
+def complete(model, tokenizer, batch: list[dict], eos_ids: list[int], top_p: float, seed: int) -> list[dict]:
+    """A completion for each row of a batch: its row, ids, text, logprobs, and if it is truncated."""
     uniform = torch.rand(len(batch), MAX_NEW_TOKENS, generator=torch.Generator().manual_seed(seed))
     ids, logprobs = [], []
     with torch.autocast(DEVICE, torch.bfloat16, enabled=bool(BF16)):
-        for start in range(0, len(batch), rows):
-            prompt_ids = [row["prompt_ids"] for row in batch[start:start + rows]]
+        for start in range(0, len(batch), ROLLOUT_ROWS):
+            prompt_ids = [row["prompt_ids"] for row in batch[start:start + ROLLOUT_ROWS]]
             ids += rollout(model, prompt_ids, max_new_tokens=MAX_NEW_TOKENS, temperature=TEMPERATURE, top_p=top_p,
-                           eos_ids=eos_ids, generator=uniform[start:start + rows], logprobs=logprobs)
+                           eos_ids=eos_ids, generator=uniform[start:start + ROLLOUT_ROWS], logprobs=logprobs)
     torch.cuda.empty_cache()         # of cache and graphs: the update needs memory in other sizes
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [{"row": row, "ids": row_ids, "text": text, "logprobs": of_row, "truncated": row_ids[-1] not in eos_ids}
@@ -563,25 +556,25 @@ def swap_weights(parameters: list, others: list) -> None:
 
 
 @torch.no_grad()
-def all_logprobs(model, batch: dict, budget: int) -> torch.Tensor:
-    """Log-probs (B, T-1) of the completions of a batch, `budget` tokens at a time."""
+def all_logprobs(model, batch: dict) -> torch.Tensor:
+    """Log-probs (B, T-1) of the completions of a batch."""
     logprobs = torch.zeros(batch["loss_mask"].shape, device=DEVICE)
-    for rows in micro_batches(batch["lengths"], budget):
+    for rows in micro_batches(batch["lengths"], MICRO_BATCH_TOKENS):
         width = max(batch["lengths"][row] for row in rows)
         logprobs[rows, :width - 1], _ = completion_logprobs(
             model, batch["input_ids"][rows, :width], batch["loss_mask"][rows, :width - 1], TEMPERATURE)
     return logprobs
 
 
-def accumulate_gradient(model, batch: dict, budget: int) -> dict[str, float]:
-    """Sets the gradient of the loss of a batch, `budget` tokens at a time, and returns the metrics.
+def accumulate_gradient(model, batch: dict) -> dict[str, float]:
+    """Sets the gradient of the loss of a batch and returns the metrics.
 
     A micro-batch weighs as its share of the completions or tokens of the whole step, so its size changes nothing.
     """
     model.zero_grad()
     metrics = {}
     aggregate = MAX_NEW_TOKENS if AGGREGATE == "constant" else AGGREGATE
-    for rows in micro_batches(batch["lengths"], budget):
+    for rows in micro_batches(batch["lengths"], MICRO_BATCH_TOKENS):
         width = max(batch["lengths"][row] for row in rows)
         part = {name: value[rows, :width - 1] for name, value in batch.items() if name not in ("input_ids", "lengths")}
         loss_mask = part["loss_mask"]
@@ -603,10 +596,10 @@ def accumulate_gradient(model, batch: dict, budget: int) -> dict[str, float]:
     return metrics
 
 
-def evaluate(model, tokenizer, val: list[dict], eos_ids: list[int], rows: int) -> dict:
+def evaluate(model, tokenizer, val: list[dict], eos_ids: list[int]) -> dict:
     """Means over EVAL_SAMPLES completions of each row of val as val_NAME, and all lengths."""
     clock = time.time()
-    completions = complete(model, tokenizer, val * EVAL_SAMPLES, eos_ids, EVAL_TOP_P, SEED, rows)
+    completions = complete(model, tokenizer, val * EVAL_SAMPLES, eos_ids, EVAL_TOP_P, SEED)
     for each in completions:
         each["scores"] = reward.score(TASK, each["text"], each["row"], each["truncated"])
     log = {f"val_{name}": value for name, value in summarise(completions).items()}
@@ -673,17 +666,17 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
     return batches
 
 
-def halve_on_oom(work, size: int, name: str):
-    """Result of work(size), with half the size as often as the GPU runs out of memory; and the size that fitted."""
+def halve_on_oom(name: str, work, *args):
+    """work(*args), with half of the constant `name`, which it reads, as often as the GPU runs out of memory."""
     while True:
         try:
-            return work(size), size
+            return work(*args)
         except torch.OutOfMemoryError:
-            if size == 1:
+            if globals()[name] == 1:
                 raise
         torch.cuda.empty_cache()       # not above: there the error still holds the tensors of the failed work
-        size //= 2
-        tqdm.write(f"out of memory: {name}={size} from here on")
+        globals()[name] //= 2
+        tqdm.write(f"out of memory: {name}={globals()[name]} from here on")
 
 
 # ---- model: the same in sft.py and grpo.py --------------------------------------------------------------------------
@@ -787,8 +780,7 @@ def set_weights(parameters: list, weights: list) -> None:
 def write_policy(folder: Path, model, tokenizer, parameters: list) -> None:
     """Writes the weights of best.pt as transformers or peft reads them: the policy that the next stage takes."""
     set_weights(parameters, load_tensors(folder / "best.pt") or sys.exit(f"delete {folder} to train again"))
-    options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-    model.save_pretrained(folder, **options)
+    model.save_pretrained(folder, save_embedding_layers=False)      # of peft: trains none; transformers ignores it
     tokenizer.save_pretrained(folder)
 
 

@@ -164,12 +164,12 @@ def learning_rate(step: int, steps: int) -> float:
     return SFT_MIN_LR + (1 - SFT_MIN_LR) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def mean_loss(model, samples: list[tuple[list[int], int]], budget: int) -> float:
-    """Mean loss over the completion tokens, `budget` tokens at a time; sets its gradient if gradients are enabled."""
+def mean_loss(model, samples: list[tuple[list[int], int]]) -> float:
+    """Mean loss over the completion tokens; sets its gradient if gradients are enabled."""
     model.zero_grad()
     count = sum(len(ids) - prompt_length for ids, prompt_length in samples)
     total = 0.0
-    for rows in micro_batches([len(ids) for ids, _ in samples], budget):
+    for rows in micro_batches([len(ids) for ids, _ in samples], MICRO_BATCH_TOKENS):
         input_ids, loss_mask = collate([samples[row] for row in rows])
         loss = -completion_logprobs(model, input_ids, loss_mask)[0].sum() / count
         if torch.is_grad_enabled():
@@ -217,7 +217,6 @@ def main() -> None:
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]     # loading replaces them
     writer = SummaryWriter(folder / "tensorboard", purge_step=run["step"] + 1)
     began = time.time() - run["seconds"]
-    micro_batch_tokens = MICRO_BATCH_TOKENS
     # the position in the data is the step, so a resumed run skips the batches before it
     epochs = (epoch_batches(lengths, f"{SEED} {epoch}") for epoch in itertools.count())
     batches = itertools.islice(itertools.chain.from_iterable(epochs), run["step"], None)
@@ -225,8 +224,7 @@ def main() -> None:
 
     for step in tqdm(range(run["step"] + 1, steps + 1), "sft", unit="step", initial=run["step"], total=steps):
         batch = [samples[row] for row in next(batches)]
-        loss, micro_batch_tokens = halve_on_oom(
-            lambda tokens: mean_loss(model, batch, tokens), micro_batch_tokens, "MICRO_BATCH_TOKENS")
+        loss = halve_on_oom("MICRO_BATCH_TOKENS", mean_loss, model, batch)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, GRAD_CLIP).item()
         for group, peak in zip(groups, peaks):
             group["lr"] = peak * learning_rate(step, steps)
@@ -242,7 +240,7 @@ def main() -> None:
                "seconds": run["seconds"], "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
         if step % SFT_EVAL_EVERY == 0 or step == steps:
             with torch.no_grad():        # without completions in val the last policy is the best
-                log["val_loss"] = mean_loss(model, val_samples, micro_batch_tokens) if val_samples else 0.0
+                log["val_loss"] = mean_loss(model, val_samples) if val_samples else 0.0
             tqdm.write("  ".join(f"{name} {value:.5g}" for name, value in log.items()))
             if log["val_loss"] <= run["best_val_loss"]:
                 run |= {"best_step": step, "best_val_loss": log["val_loss"]}
@@ -315,17 +313,17 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
     return batches
 
 
-def halve_on_oom(work, size: int, name: str):
-    """Result of work(size), with half the size as often as the GPU runs out of memory; and the size that fitted."""
+def halve_on_oom(name: str, work, *args):
+    """work(*args), with half of the constant `name`, which it reads, as often as the GPU runs out of memory."""
     while True:
         try:
-            return work(size), size
+            return work(*args)
         except torch.OutOfMemoryError:
-            if size == 1:
+            if globals()[name] == 1:
                 raise
         torch.cuda.empty_cache()       # not above: there the error still holds the tensors of the failed work
-        size //= 2
-        tqdm.write(f"out of memory: {name}={size} from here on")
+        globals()[name] //= 2
+        tqdm.write(f"out of memory: {name}={globals()[name]} from here on")
 
 
 # ---- model: the same in sft.py and grpo.py --------------------------------------------------------------------------
@@ -429,8 +427,7 @@ def set_weights(parameters: list, weights: list) -> None:
 def write_policy(folder: Path, model, tokenizer, parameters: list) -> None:
     """Writes the weights of best.pt as transformers or peft reads them: the policy that the next stage takes."""
     set_weights(parameters, load_tensors(folder / "best.pt") or sys.exit(f"delete {folder} to train again"))
-    options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-    model.save_pretrained(folder, **options)
+    model.save_pretrained(folder, save_embedding_layers=False)      # of peft: trains none; transformers ignores it
     tokenizer.save_pretrained(folder)
 
 

@@ -319,7 +319,7 @@ def step_batch(samples):
 def update_case(monkeypatch, aggregate="sequence"):
     """A model and the tensors of a step, with old and reference log-probs of models nearby."""
     set_constants(monkeypatch, grpo, TEMPERATURE=0.7, BETA=0.04, CLIP_LOW=0.2, CLIP_HIGH=0.3, MAX_NEW_TOKENS=7,
-                  AGGREGATE=aggregate, ENTROPY_BONUS=0.3)
+                  AGGREGATE=aggregate, ENTROPY_BONUS=0.3, MICRO_BATCH_TOKENS=25)
     model, batch = small_model().train(), step_batch(SAMPLES)
     for parameter in model.parameters():        # as in a real model: wide weights increase the rounding errors of fp32
         parameter.data *= 0.1 if parameter.ndim == 2 else 1
@@ -327,7 +327,7 @@ def update_case(monkeypatch, aggregate="sequence"):
         other = copy.deepcopy(model)
         for parameter in other.parameters():
             parameter.data += distance * torch.randn(parameter.shape)
-        batch[name] = grpo.all_logprobs(other, batch, 25)
+        batch[name] = grpo.all_logprobs(other, batch)
         assert_close(batch[name][batch["loss_mask"]], full_logprobs(other, SAMPLES, 0.7)[0].detach(), 1e-5)
     return model, batch
 
@@ -362,9 +362,9 @@ def test_the_sizes_of_micro_batch_and_chunk_do_not_change_the_update(monkeypatch
     expected = {"loss": loss.item(), **{name: value.item() for name, value in metrics.items()},
                 "entropy": entropies[loss_mask].mean().item(), "sampler_error": error.mean().item()}
     for budget, chunk in BUDGETS_AND_CHUNKS:
-        set_constants(monkeypatch, grpo, HEAD_CHUNK=chunk)
+        set_constants(monkeypatch, grpo, HEAD_CHUNK=chunk, MICRO_BATCH_TOKENS=budget)
         sizes = limit_memory(model, max(budget, len(SAMPLES[0][0])))
-        assert grpo.accumulate_gradient(model, batch, budget) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        assert grpo.accumulate_gradient(model, batch) == pytest.approx(expected, rel=1e-5, abs=1e-6)
         assert len(sizes) == {10**6: 1, 40: 3, 22: 5, 1: 6}[budget]
         assert_same_gradients(gradients(model), expected_gradients)
 
@@ -375,45 +375,44 @@ def test_loss_of_sft_is_the_mean_over_completion_tokens(monkeypatch):
     expected.backward()
     expected_gradients = gradients(model)
     for budget, chunk in BUDGETS_AND_CHUNKS:
-        set_constants(monkeypatch, sft, HEAD_CHUNK=chunk)
-        assert_close(sft.mean_loss(model, SAMPLES, budget), expected.item())
+        set_constants(monkeypatch, sft, HEAD_CHUNK=chunk, MICRO_BATCH_TOKENS=budget)
+        assert_close(sft.mean_loss(model, SAMPLES), expected.item())
         assert_same_gradients(gradients(model), expected_gradients, 1e-5)
     with torch.no_grad():
-        assert_close(sft.mean_loss(model, SAMPLES, 40), expected.item())
+        assert_close(sft.mean_loss(model, SAMPLES), expected.item())
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("script, work", [
-    (sft, lambda model, batch, size: sft.mean_loss(model, SAMPLES, size)), (grpo, grpo.accumulate_gradient)])
+    (sft, lambda model, batch: sft.mean_loss(model, SAMPLES)), (grpo, grpo.accumulate_gradient)])
 def test_an_update_that_runs_out_of_memory_is_repeated_in_halves(monkeypatch, capsys, script, work):
     model, batch = update_case(monkeypatch)
-    expected, expected_gradients = work(model, batch, 32), gradients(model)
+    set_constants(monkeypatch, script, MICRO_BATCH_TOKENS=32)
+    expected, expected_gradients = work(model, batch), gradients(model)
     sizes = limit_memory(model, 24)
-    actual, size = script.halve_on_oom(lambda size: work(model, batch, size), 32, "MICRO_BATCH_TOKENS")
-    assert size == 16 and sizes[0] <= 24 < sizes[1], "there must be a gradient of a first micro-batch to drop"
+    actual = script.halve_on_oom("MICRO_BATCH_TOKENS", work, model, batch)
+    assert script.MICRO_BATCH_TOKENS == 16
+    assert sizes[0] <= 24 < sizes[1], "there must be a gradient of a first micro-batch to drop"
     assert actual == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert_same_gradients(gradients(model), expected_gradients)
     assert capsys.readouterr().out.count("out of memory: MICRO_BATCH_TOKENS=16") == 1
 
 
 def test_a_rollout_that_runs_out_of_memory_is_repeated_with_half_the_rows(monkeypatch):
-    set_constants(monkeypatch, grpo, MAX_NEW_TOKENS=6, TEMPERATURE=1.0)
+    set_constants(monkeypatch, grpo, MAX_NEW_TOKENS=6, TEMPERATURE=1.0, ROLLOUT_ROWS=10)
     tokenizer = SimpleNamespace(batch_decode=lambda rows, **options: [str(ids) for ids in rows])
     model, batch, eos_ids = small_model(), [{"prompt_ids": ids} for ids in random_ids([3] * 10)], list(range(0, 60, 9))
-
-    def complete(rows):
-        return grpo.complete(model, tokenizer, batch, eos_ids, 0.9, 5, rows)
-
-    expected = complete(10)
+    arguments = model, tokenizer, batch, eos_ids, 0.9, 5
+    expected = grpo.complete(*arguments)
     assert {each["truncated"] for each in expected} == {True, False}
     assert all(each["truncated"] == (each["ids"][-1] not in eos_ids) for each in expected)
     sizes = limit_memory(model, 9)
-    actual, rows = grpo.halve_on_oom(complete, 10, "ROLLOUT_ROWS")
-    assert rows == 2 and sizes[:3] == [30, 15, 6] and max(sizes[2:]) == 6
+    actual = grpo.halve_on_oom("ROLLOUT_ROWS", grpo.complete, *arguments)
+    assert grpo.ROLLOUT_ROWS == 2 and sizes[:3] == [30, 15, 6] and max(sizes[2:]) == 6
     assert [each["ids"] for each in actual] == [each["ids"] for each in expected]
     limit_memory(model, 2)
     with pytest.raises(torch.OutOfMemoryError):        # not even one row fits
-        grpo.halve_on_oom(complete, 10, "ROLLOUT_ROWS")
+        grpo.halve_on_oom("ROLLOUT_ROWS", grpo.complete, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -446,20 +445,22 @@ def test_a_rollout_through_4_bits(monkeypatch, policy_folders, family, checkpoin
     assert not any(getattr(module, "support_avx512bf16_for_cpu", False) for module in model.modules())
     prompts = random_ids([5, 3, 8, 3], len(tokenizer))
     batch = step_batch([(ids + ids[:2], len(ids)) for ids in prompts])
-    grpo.accumulate_gradient(model, batch, 10**6)
+    grpo.accumulate_gradient(model, batch)
     before = gradients(model)
     assert before and all("lora_" in name and gradient.any() for name, gradient in before.items())
     assert {gradient.dtype for gradient in before.values()} == {torch.float32}
     completions = roll(model, prompts, 12, 0.7, 0.9, range(0, len(tokenizer), 5), logprobs=(logprobs := []))
     assert len(set(map(len, completions))) > 1, "rows must have been dropped"
-    grpo.accumulate_gradient(model, batch, 10**6)
+    grpo.accumulate_gradient(model, batch)
     assert all(torch.equal(gradient, before[name]) for name, gradient in gradients(model).items())
 
     batch = step_batch([(prompt + ids, len(prompt)) for prompt, ids in zip(prompts, completions)])
     batch["sampler_logprobs"].masked_scatter_(batch["loss_mask"], torch.tensor(sum(logprobs, [])))
-    batch["old_logprobs"] = grpo.all_logprobs(model.eval(), batch, 40)
+    set_constants(monkeypatch, grpo, MICRO_BATCH_TOKENS=40)
+    batch["old_logprobs"] = grpo.all_logprobs(model.eval(), batch)
+    set_constants(monkeypatch, grpo, MICRO_BATCH_TOKENS=10**6)
     for mode in (True, False):
-        metrics = grpo.accumulate_gradient(model.train(mode), batch, 10**6)
+        metrics = grpo.accumulate_gradient(model.train(mode), batch)
         assert metrics["ratio_error"] < 1e-4 and metrics["sampler_error"] < 1e-4 and metrics["clip_fraction"] == 0
 
 

@@ -114,7 +114,7 @@ def test_a_rollout_changes_no_gradient_and_the_export_is_the_policy(run, sft, da
              "advantages": torch.ones(loss_mask.shape), "sampler_logprobs": torch.zeros(loss_mask.shape)}
 
     def gradients():
-        grpo.accumulate_gradient(model.train(), batch, 10**6)
+        grpo.accumulate_gradient(model.train(), batch)
         return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
 
     before = gradients()
