@@ -790,33 +790,29 @@ def write_policy(folder: Path, model, tokenizer, parameters: list) -> None:
 def configure(argv: list[str]) -> dict:
     """Sets constants of this script and reward.py from NAME=value or --name=value, and returns all of them.
 
-    The top of each file runs again with these values, so what depends on a changed constant follows it. Exits if no
-    script has the name. Constants of other scripts are ignored, because make passes every one to every script.
+    The top of each file runs again, line by line, with these values put back after each line: what depends on a changed
+    constant follows it. Exits if no script has the name. Constants of other scripts are ignored, because make passes
+    every one to every script.
     """
-    own, constants = Path(__file__), {}
+    own = Path(__file__)
     given = {name.lstrip("-").upper(): value for name, _, value in (word.partition("=") for word in argv)}
     if {"H", "HELP"} & given.keys():
         print(own.read_text(encoding="utf-8").partition("\n\n\n#")[0])
         sys.exit()
-    tops = [path.read_text(encoding="utf-8").partition("\ndef ")[0] for path in own.parent.glob("*.py")]
-    known = set(re.findall(r"^([A-Z]\w*) *=", "\n".join(tops), re.M))
+    tops = {path.name: re.split("\ndef |\n@", path.read_text(encoding="utf-8"))[0] for path in own.parent.glob("*.py")}
+    known = set(re.findall(r"^([A-Z]\w*) *=", "\n".join(tops.values()), re.M))
     for name in given.keys() - known:
         sys.exit(f"no script has a constant {name}; nearest: {', '.join(difflib.get_close_matches(name, known))}")
     for path, scope in ((Path(reward.__file__), vars(reward)), (own, globals())):
-        body = ast.parse(path.read_text(encoding="utf-8")).body
-        top = ast.Module(list(itertools.takewhile(lambda node: not isinstance(node, ast.FunctionDef), body)), [])
-        for node in ast.walk(top):
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id.isupper():
-                constants[node.id] = scope
-            name = getattr(node.targets[0], "id", "") if isinstance(node, ast.Assign) else ""
-            if name in given:
+        for statement in ast.parse(tops[path.name]).body:
+            exec(compile(ast.Module([statement], []), str(path), "exec"), scope)
+            for name in given.keys() & scope.keys():
                 kind = int if isinstance(scope[name], bool) else type(scope[name])
                 try:
-                    node.value = ast.copy_location(ast.Constant(kind(given[name])), node.value)
+                    scope[name] = kind(given[name])
                 except ValueError:
                     sys.exit(f"{name} must be of type {kind.__name__}, not {given[name]!r}")
-        exec(compile(top, str(path), "exec"), scope)
-    return {name: scope[name] for name, scope in constants.items()}
+    return {name: value for name, value in (vars(reward) | globals()).items() if name in known}
 
 
 def open_run(folder: Path, constants: dict, inputs: dict) -> Path:
