@@ -564,7 +564,7 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
     template = re.sub(r"strftime_now\([^()]*\)", "'1 Jan 2025'", tokenizer.chat_template)
     text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], chat_template=template, tokenize=False,
                                          add_generation_prompt=True)
-    text = re.sub(r"<think>\n$", "", text)       # opened by some templates, but our completions open it themselves
+    text = text.removesuffix("<think>\n")        # opened by some templates, but our completions open it themselves
     return tokenizer(text, add_special_tokens=False).input_ids
 
 

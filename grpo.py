@@ -646,9 +646,8 @@ def collate(samples: list[tuple[list[int], int]]) -> tuple[torch.Tensor, torch.T
     """
     lengths = torch.tensor([len(ids) for ids, _ in samples])
     prompt_lengths = torch.tensor([prompt_length for _, prompt_length in samples])
-    input_ids = torch.zeros(len(samples), math.ceil(lengths.max().item() / 8) * 8, dtype=torch.long)
-    for row, (ids, _) in enumerate(samples):
-        input_ids[row, :len(ids)] = torch.tensor(ids)
+    input_ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in samples], batch_first=True)
+    input_ids = torch.nn.functional.pad(input_ids, (0, -input_ids.shape[1] % 8))
     position = torch.arange(1, input_ids.shape[1])
     loss_mask = (position >= prompt_lengths[:, None]) & (position < lengths[:, None])
     return input_ids.to(DEVICE), loss_mask.to(DEVICE)
@@ -727,7 +726,7 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
     template = re.sub(r"strftime_now\([^()]*\)", "'1 Jan 2025'", tokenizer.chat_template)
     text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], chat_template=template, tokenize=False,
                                          add_generation_prompt=True)
-    text = re.sub(r"<think>\n$", "", text)       # opened by some templates, but our completions open it themselves
+    text = text.removesuffix("<think>\n")        # opened by some templates, but our completions open it themselves
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
