@@ -460,10 +460,9 @@ def main() -> None:
             for _ in range(UPDATES_PER_ROLLOUT):
                 metrics = halve_on_oom("MICRO_BATCH_TOKENS", accumulate_gradient, model, tensors)
                 log["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, GRAD_CLIP).item()
-                if math.isfinite(log["grad_norm"]):
+                if math.isfinite(log["grad_norm"]):        # a NaN would stay in the moments of Adam for good
                     optimizer.step()
-                else:       # a NaN would stay in the moments of Adam for good
-                    run["skipped"] += 1
+                run["skipped"] += not math.isfinite(log["grad_norm"])
             log |= metrics | {"skipped": run["skipped"], "update_seconds": time.time() - clock}
             if BETA and REFERENCE_EVERY and step % REFERENCE_EVERY == 0:
                 set_weights(reference, parameters)

@@ -210,11 +210,9 @@ def main() -> None:
         steps = min(steps, MAX_EPOCHS * len(epoch_batches(lengths, f"{SEED} 0")))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizers = make_optimizers(model)
-    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     print(f"{sum(p.numel() for p in parameters):,} of {model.num_parameters():,} parameters train, for {steps} steps")
     run = {"step": 0, "tokens": 0, "seconds": 0.0, "best_step": 0, "best_val_loss": math.inf, "skipped": 0}
     load_checkpoint(folder, run, parameters, optimizers)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]     # loading replaces them
     writer = SummaryWriter(folder / "tensorboard", purge_step=run["step"] + 1)
     began = time.time() - run["seconds"]
     # the position in the data is the step, so a resumed run skips the batches before it
@@ -226,13 +224,11 @@ def main() -> None:
         batch = [samples[row] for row in next(batches)]
         loss = halve_on_oom("MICRO_BATCH_TOKENS", mean_loss, model, batch)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, GRAD_CLIP).item()
-        for group, peak in zip(groups, peaks):
-            group["lr"] = peak * learning_rate(step, steps)
-        if math.isfinite(grad_norm):
-            for optimizer in optimizers:
+        for optimizer, peak in zip(optimizers, (SFT_LR, MUON_LR)):
+            optimizer.param_groups[0]["lr"] = peak * learning_rate(step, steps)
+            if math.isfinite(grad_norm):        # a NaN would stay in the moments of Adam for good
                 optimizer.step()
-        else:           # a NaN would stay in the moments of Adam for good
-            run["skipped"] += 1
+        run["skipped"] += not math.isfinite(grad_norm)
         tokens = run["tokens"] + sum(len(ids) for ids, _ in batch)
         run |= {"step": step, "tokens": tokens, "seconds": time.time() - began}
         log = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": SFT_LR * learning_rate(step, steps),
