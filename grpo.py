@@ -74,7 +74,7 @@ MOMENTUM_STEP = 0.01         # ... what it gains in a step, ...
 MOMENTUM_MAX = 0.2           # ... and where it stays (the report's value)
 CREDIT = "steps" if TINY and TASK == "game24" else "answer"      # steps: each line has an advantage of its own too
 # Update
-STEPS = 60 if TINY and not LYRICS else 100      # rollouts
+STEPS = 30 if TINY and not LYRICS else 100      # rollouts
 UPDATES_PER_ROLLOUT = 1      # optimizer steps on each rollout: above 1 the clipping matters
 LR = (3e-4 if LYRICS else 4e-4) if TINY else 2e-5     # of LoRA; the report's 2e-6 is for all weights of a large model
 WARMUP = 5                   # steps with a rising learning rate, ...

@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 
 RUNS = Path("runs/ablations")
 BASE = Path("runs/game24")          # its data and SFT policy are those of every run
-COMMON = ["STEPS=30"]               # half of the default: enough for most of the gain
 COMPLETIONS = 256                   # of a step
 VARIANTS = {
     "default": [],
@@ -37,7 +36,7 @@ VARIANTS = {
 def run(variant: str, seed: str) -> None:
     constants = [f"OUT={RUNS}/{variant}-{seed}", f"SEED={seed}", f"SFT={BASE}/sft", f"DATA={BASE}/data",
                  f"POLICIES=grpo={RUNS}/{variant}-{seed}/grpo"]
-    subprocess.run(["make", "grpo", "eval", *constants, *COMMON, *VARIANTS[variant]], check=True)
+    subprocess.run(["make", "grpo", "eval", *constants, *VARIANTS[variant]], check=True)
 
 
 def correct(folder: Path) -> numpy.ndarray:
