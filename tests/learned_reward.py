@@ -1,7 +1,7 @@
 """A learned reward instead of the rule, a recipe to copy: GRPO with the reward of a classifier, after `make train`.
 
     python tests/learned_reward.py 0 OUT=runs/frozen        # constants of grpo.py can follow
-    python tests/learned_reward.py 2 OUT=runs/updated       # the classifier learns again every 2 steps
+    python tests/learned_reward.py 1 OUT=runs/updated       # the classifier learns again after every step
     python eval.py OUT=runs/table DATA=runs/game24/data POLICIES=frozen=runs/frozen/grpo,updated=runs/updated/grpo
 
 The classifier is the SFT policy with a sequence-classification head. It learns which completions of that policy are
@@ -26,7 +26,7 @@ TASK = "game24"              # its rule says which completions are right
 SFT = f"runs/{TASK}/sft"
 DATA = f"runs/{TASK}/data"
 SAMPLES = 4                  # completions of each training hand, from which the classifier learns at first
-FIRST_EPOCHS = 4
+FIRST_EPOCHS = 2
 CLASSIFIER_LR = 3e-4
 
 
@@ -46,7 +46,8 @@ def fit(classifier, tokenizer, samples: list[tuple[str, float]], epochs: int) ->
 
 def logits(classifier, tokenizer, texts) -> torch.Tensor:
     inputs = tokenizer(list(texts), padding=True, return_tensors="pt").to(grpo.DEVICE)
-    return classifier(**inputs).logits[:, 0].float()
+    with torch.autocast(grpo.DEVICE, torch.bfloat16, enabled=bool(grpo.BF16)):
+        return classifier(**inputs).logits[:, 0].float()
 
 
 def as_sample(row: dict, completion: str, correct: float) -> tuple[str, float]:
@@ -87,7 +88,7 @@ def main() -> None:
     print(f"ranking accuracy on unseen hands: {ranking_accuracy(classifier, tokenizer, samples[True]):.3f}")
 
     # GRPO with its reward
-    recent = []
+    recent, rng = [], random.Random(constants["SEED"])
 
     def score_learned(completion: str, row: dict, truncated: bool) -> dict[str, float]:
         facts = reward.TASKS[TASK][1](completion, row, truncated)
@@ -97,7 +98,9 @@ def main() -> None:
         if row["id"].startswith("train"):        # it must not learn from val
             recent.append((text, correct))
         if len(recent) == update_every * constants["PROMPTS_PER_STEP"] * constants["GROUP_SIZE"]:
-            fit(classifier, tokenizer, recent, 1)
+            older = rng.sample(samples[False], min(len(recent), len(samples[False])))        # lest it forgets
+            fit(classifier, tokenizer, recent + older, 1)
+            samples[False].extend(recent)
             recent.clear()
         return {**facts, "rule": facts["reward"], "reward": probability}
 
