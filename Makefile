@@ -50,7 +50,7 @@ plots: .venv        ## draw the figures of a run, also while it is training
 	$(RUN) eval.py $(ARGS) PLOTS_ONLY=1
 
 ask: .venv          ## Q="3 3 8 8": the completion before and after GRPO
-	$(RUN) eval.py Q="$$Q" $(ARGS)
+	$(RUN) eval.py Q="$${Q:?is empty}" $(ARGS)
 
 judge: .venv        ## lyrics: an API judges the verses; HUMAN=people.csv compares it with people
 	$(RUN) eval.py $(ARGS) $(if $(HUMAN),,JUDGE=1)
