@@ -26,7 +26,7 @@ def test_ratios_of_rounds_in_turn_useful_tokens_and_memory(monkeypatch):
     assert bench.alternate(lambda: next(turns), lambda: next(turns), rounds=2) == [(2, 4), (3, 5)]
     bench.report("name", "s", [4, 9, 8], [2, 3, 2])
     assert bench.results == {"name": 3, "name_range": [2, 4]}
-    assert 0.18 < bench.peak_above(torch.ones, 50 * 2**20) < 0.35       # 200 MiB
+    assert 0.18 < bench.apart("peak_above(torch.ones, 50 * 2**20)") < 0.35       # 200 MiB
     monkeypatch.setattr(bench, "seconds", lambda work: work() or 1.0)
     assert bench.useful_per_second(lambda: [[5, 0, 0, 0], [5, 6, 7]]) == 5          # not those after the end
 
