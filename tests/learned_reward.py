@@ -6,8 +6,9 @@
 
 The classifier is the SFT policy with a sequence-classification head. It learns which completions of that policy are
 right, and prints how often it ranks a right one above another on hands that it has not seen. The reward is its
-probability. Every few steps it learns from the completions since then, by the verdict of the rule. Without that
-(0), the policy may learn to write what the classifier takes for right. parts/rule in log.jsonl is the rule's reward.
+probability. Every few steps it learns from the completions since then, by the verdict of the rule. Without that (0),
+the policy learns to write wrong answers that the classifier takes for right: in 30 steps the reward rose to 0.98 and
+the accuracy fell to 0.33. parts/rule in log.jsonl is the rule's reward.
 """
 
 import random
