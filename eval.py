@@ -224,7 +224,9 @@ def load_policy(path: str):
     if TINY != getattr(model.config, "tiny", False):
         sys.exit(f"the constants are those of MODEL={MODEL}, but {path} is {'not ' if TINY else ''}a tiny model: set "
                  "MODEL= to the model that it was trained from")
-    return PeftModel.from_pretrained(model, path) if is_adapter else model, tokenizer
+    if is_adapter:          # autocast keeps the casts of trainable weights
+        model = PeftModel.from_pretrained(model, path, is_trainable=True).eval()
+    return model, tokenizer
 
 
 def ask(policies: dict[str, str]) -> None:
