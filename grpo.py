@@ -223,9 +223,12 @@ def forward(model, cache: KVCache, input_ids: torch.Tensor) -> torch.Tensor:
     device, padding = input_ids.device, cache.padding[:cache.rows, None]
     places, slots = torch.arange(cache.window, device=device), cache.slots[:, None]
     # a token sees the tokens before it but for the padding; padding sees itself, as a mask must leave something
-    visible = (places <= slots) & (places >= padding[:, None]) | (places == slots)
-    return model(input_ids=input_ids, attention_mask=visible[:, None], use_cache=True, logits_to_keep=1,
-                 position_ids=(cache.slots - padding).clamp(min=0), cache=cache).logits[:, -1]
+    hidden = (places > slots) | (places < padding[:, None]) & (places != slots)
+    # numbers, because every layer would make them of a boolean mask again
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, torch.finfo(dtype).min)
+    return model(input_ids=input_ids, attention_mask=mask[:, None], position_ids=(cache.slots - padding).clamp(min=0),
+                 cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 
 def decode(model, cache: KVCache, slot: int) -> torch.Tensor:
