@@ -150,9 +150,31 @@ def make_optimizers(model) -> list:
     make_adamw = AdamW8bit if LORA_RANK else torch.optim.AdamW
     optimizers = [make_adamw(others, lr=SFT_LR, betas=(0.9, 0.95), weight_decay=SFT_WEIGHT_DECAY)]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=SFT_WEIGHT_DECAY,
-                                           adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(matrices, {"lr": MUON_LR, "weight_decay": SFT_WEIGHT_DECAY}))
     return optimizers
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal by Newton-Schulz iterations, at a learning rate that suits AdamW (arXiv:2502.16982).
+
+    That of torch multiplies in bf16, which CPUs without bf16 products emulate: SFT took three times as long there.
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:
+        [group] = self.param_groups
+        for matrix in group["params"]:
+            momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
+            momentum.lerp_(matrix.grad, 0.05)
+            update = matrix.grad.lerp(momentum, 0.95)
+            wide = update if update.shape[0] <= update.shape[1] else update.T
+            wide = wide / wide.norm().clamp(min=1e-7)
+            for _ in range(5):          # towards singular values of 1
+                gram = wide @ wide.T
+                wide = 3.4445 * wide + (2.0315 * gram @ gram - 4.775 * gram) @ wide
+            update = wide if update.shape[0] <= update.shape[1] else wide.T
+            matrix.mul_(1 - group["lr"] * group["weight_decay"])
+            matrix.add_(update, alpha=-0.2 * max(matrix.shape) ** 0.5 * group["lr"])
 
 
 def learning_rate(step: int, steps: int) -> float:

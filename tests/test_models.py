@@ -1,6 +1,7 @@
 """Models and surroundings that users bring: a clear line, or the right tokens."""
 
 import pytest
+import torch
 from commands import refused, write
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -27,6 +28,23 @@ def test_a_template_with_the_date_of_today_gives_the_same_prompt_every_day():
     tokenizer = word_tokenizer("$A")
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
     assert sft.encode_prompt(tokenizer, "Make 24") == [WORDS["1"], 0, WORDS["2025"], 3, 4]
+
+
+def test_muon_is_that_of_torch_in_fp32(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    ours, theirs = ([torch.nn.Parameter(torch.linspace(-1, 1, 24 * rows).view(rows, 24).sin()) for rows in (8, 24, 40)]
+                    for _ in range(2))
+    optimizers = [sft.Muon(ours, {"lr": 0.01, "weight_decay": 0.1}),
+                  torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
+    start = [matrix.detach().clone() for matrix in ours]
+    for seed in range(4):
+        for parameters, optimizer in zip((ours, theirs), optimizers):
+            torch.manual_seed(seed)
+            for matrix in parameters:
+                matrix.grad = torch.randn_like(matrix)
+            optimizer.step()
+    for before, a, b in zip(start, ours, theirs):
+        assert (a - b).norm() < 1e-5 * (a - before).norm()
 
 
 @pytest.mark.parametrize("script", ["sft", "grpo"])
