@@ -1,15 +1,15 @@
-"""Makes the data of a task: runs/TASK/data/{train,val,test}.jsonl.
+"""Makes the data for a task: runs/TASK/data/{train,val,test}.jsonl.
 
     python data_prep.py                               # the 24-point game: 100,993 search traces, 25 s on one core
-    python data_prep.py HOLDOUT=hands.txt             # these hands are the test split, and in no other
-    python data_prep.py TASK=lyrics RAW=my/lyrics     # a file or folder of texts, by default assets/verses.jsonl
+    python data_prep.py HOLDOUT=hands.txt             # these hands are the test split, and in no other split
+    python data_prep.py TASK=lyrics RAW=my/lyrics     # a file or folder of texts; default: assets/verses.jsonl
 
-game24: search traces that try some first steps in order, go back from those that cannot make 24, compose the answer.
-Unlike a depth-first search, a trace continues with three numbers only if they solve the hand, or for a single step: a
-line back at four numbers says that the three before it are hopeless, so a model that errs is never stuck among them.
+game24: a search trace tries some first steps in order, backs out of those that cannot make 24, and composes the answer.
+Unlike depth-first search, it goes on from three numbers only if they solve the hand, or for a single step: a line that
+returns to four numbers marks the three before it as hopeless, so a model that errs is never stuck among them.
 
 lyrics: texts are read, cleaned, deduplicated, given keywords and thoughts, and split. There are three recipes for three
-stages of SFT: raw/ (texts alone), keywords/ (keywords to text), and at the top the one with thoughts.
+stages of SFT: raw/ (texts alone), keywords/ (keywords to text), and the top folder (keywords to thought and text).
 """
 
 import ast
@@ -48,45 +48,45 @@ import reward
 
 # Run
 TASK = "game24"
-OUT = f"runs/{TASK}"         # the data goes to its folder `data`
-SEED = 0                     # of the split and of the traces
+OUT = f"runs/{TASK}"         # the data goes to OUT/data
+SEED = 0                     # for the split and the traces
 # game24
-HOLDOUT = ""                 # file of hands that are the test split: one a line (4 5 6 10), or a csv
-LOWEST = 1                   # numbers of a hand: a deck of cards
+HOLDOUT = ""                 # file of hands to use as the test split: one per line (4 5 6 10), or a csv
+LOWEST = 1                   # numbers in a hand go from LOWEST to HIGHEST, as in a deck of cards
 HIGHEST = 13
 VAL_HANDS = 136              # a tenth of the 1,362 solvable hands
 TEST_HANDS = 272             # a fifth
-TRACES_PER_HAND = 128        # for SFT; equal ones are written once
-MAX_TRACE_TOKENS = 250       # words of a trace; a longer one is drawn again
+TRACES_PER_HAND = 128        # per training hand; duplicates are written once
+MAX_TRACE_TOKENS = 250       # words in a trace; a longer one is drawn again
 LARGEST = 200                # larger results are tried only if nothing else leads to the target
-TRY_RIGHT = 0.4              # chance to try a first step that can lead to the target ...
+TRY_RIGHT = 0.4              # chance of trying a first step that can lead to the target ...
 TRY_WRONG = 0.45             # ... and one that cannot
 SLIP = 0.05                  # chance that a right first step is followed by a wrong second one
-ENTER = 0.2                  # chance to try a second step after a wrong first one
+ENTER = 0.2                  # chance of trying a second step after a wrong first one
 # lyrics: texts
 RAW = str(Path(__file__).resolve().with_name("assets") / "verses.jsonl")      # txt, lrc, csv, json, jsonl, or a folder
-TEXT_FIELD = "text paragraphs content lyrics"      # of csv, json and jsonl: the first of these that a row has
+TEXT_FIELD = "text paragraphs content lyrics"      # in csv, json and jsonl: the first of these fields that a row has
 TITLE_FIELD = "title rhythmic"
 MIN_HAN = 0.7                # share of Han characters among the letters; a text below it is not Chinese
-MIN_COMMON = 0.4             # share of the 3,755 commonest characters; a text below it was decoded wrongly
-MIN_CHARS = 12               # Han characters of a text
+MIN_COMMON = 0.4             # share of Han characters among the 3,755 commonest; a text below it was decoded wrongly
+MIN_CHARS = 12               # Han characters in a text
 MAX_CHARS = 2000
-SHARED_LINES = 3             # a near-duplicate has so many distinct lines of an earlier text ...
-CONTAINMENT = 0.5            # ... and at least this share of the lines of the shorter one
-STOCK_LINES = 50             # a line of more texts than this is a stock phrase and proves nothing
+SHARED_LINES = 3             # a near-duplicate shares at least this many distinct lines with an earlier text ...
+CONTAINMENT = 0.5            # ... and at least this share of the shorter one's lines
+STOCK_LINES = 50             # a line found in more texts than this is a stock phrase and proves nothing
 # lyrics: samples
-KEYWORDS_MIN = 3             # of a text
+KEYWORDS_MIN = 3             # keywords per text
 KEYWORDS_MAX = 5
-WORDS = 12                   # words of a text from which its further training rows draw keywords
-MIN_DF = 3                   # fewest texts that have a keyword (2 of less than 300 texts)
-MAX_DF = 0.1                 # largest share of the texts that have a keyword
+WORDS = 12                   # words per text from which its other training rows draw their keywords
+MIN_DF = 3                   # a keyword is in at least this many texts (2 if there are fewer than 300 texts) ...
+MAX_DF = 0.1                 # ... and in at most this share of them
 STOP_WORDS = "没有 不会 不能 可以 知道 觉得 不要 不知 时候 有人 有些 无人 不见 不得 不到 不可"
 COT_TEXTS = 1000             # texts that get a thought: the best and most varied ones
 VAL_TEXTS = 100              # at most a tenth of the texts
 TEST_TEXTS = 200             # at most a fifth
-VARIANTS = 64                # training rows of a text: one for its keywords, the others for random ones of its words
-SWAP = 0.9                   # chance that these are replaced in the text, so that a model must look at its keywords ...
-SWAP_BELOW = 5000            # ... even if it could memorise so few texts; not with thoughts by an API
+VARIANTS = 64                # training rows per text: one for its keywords, the others for random picks from its words
+SWAP = 0.9                   # chance that those are replaced in the text, so that a model must look at its keywords ...
+SWAP_BELOW = 5000            # ... if there are fewer texts, which it could memorise; not with thoughts from an API
 # lyrics: keywords and thoughts by a language model, instead of tf-idf and a template
 USE_API = 0                  # 1: ask API_MODEL, which costs money
 KEYWORD_QUESTION = """从下面的作品里选出三到五个最能代表它的关键词，两到四个字，在作品里原样出现，不是虚词，互不包含。\
@@ -94,18 +94,18 @@ KEYWORD_QUESTION = """从下面的作品里选出三到五个最能代表它的�
 THOUGHT_QUESTION = """有人拿到关键词“{listed}”，写成了下面的作品。请替作者写出动笔之前的构思：想说什么、什么心情，\
 画面怎样一步步展开，每个关键词放在哪里，押什么韵，怎样收尾。一段话，八十到两百字，每个关键词都要提到，不要照抄整行原句，\
 不要分点，只输出构思本身。\n\n《{title}》\n{text}"""
-# API: an OpenAI-compatible chat endpoint. Its address and key are the environment variables API_BASE and API_KEY
+# API: an OpenAI-compatible chat endpoint. Its address and key come from the environment variables API_BASE and API_KEY
 API_MODEL = "deepseek-chat"
-API_THREADS = 16             # calls at a time
-API_TIMEOUT = 120            # seconds of one attempt
-API_RETRIES = 6              # attempts after the first one
-API_TEMPERATURE = 0.7        # below 0: not sent, for models that refuse it
-API_LENGTH_FIELD = "max_tokens"        # what requests call the next constant; newer models want max_completion_tokens
-API_MAX_TOKENS = 1024        # of an answer, including the thoughts of models that think
-API_PRICE_IN = 0.3           # money for a million tokens of messages ...
-API_PRICE_OUT = 1.2          # ... and of answers
-API_MAX_COST = 5.0           # the same money, for each round of calls (keywords, thoughts, scores)
-# The data is the same if these differ; of HOLDOUT and RAW the content counts
+API_THREADS = 16             # concurrent calls
+API_TIMEOUT = 120            # seconds per attempt
+API_RETRIES = 6              # attempts after the first
+API_TEMPERATURE = 0.7        # below 0: not sent, for models that reject it
+API_LENGTH_FIELD = "max_tokens"        # request field for the next constant; newer models want max_completion_tokens
+API_MAX_TOKENS = 1024        # per answer, including the thoughts of reasoning models
+API_PRICE_IN = 0.3           # cost of a million input tokens ...
+API_PRICE_OUT = 1.2          # ... and of a million output tokens
+API_MAX_COST = 5.0           # limit, in the same currency, for each round of calls (keywords, thoughts, scores)
+# Changing these does not change the data; for HOLDOUT and RAW the content counts
 free = {"OUT", "HOLDOUT", "RAW", "API_THREADS", "API_TIMEOUT", "API_RETRIES", "API_PRICE_IN", "API_PRICE_OUT",
         "API_MAX_COST", "WELL_FORMED", "LENGTH_NEEDS_CORRECT", "MIN_STEPS", "RHYME_GOAL",
         *(name for name in vars(reward) if name.endswith("_WEIGHT"))}
@@ -114,11 +114,11 @@ free = {"OUT", "HOLDOUT", "RAW", "API_THREADS", "API_TIMEOUT", "API_RETRIES", "A
 # ---- the 24-point game ----------------------------------------------------------------------------------------------
 
 
-@lru_cache(100_000)         # a quarter of a gigabyte
+@lru_cache(100_000)         # a quarter of a gigabyte when full
 def choices(state: tuple, target: int) -> tuple:
-    """(step, state after it, whether that is solvable); odd steps only if no other leads to the target.
+    """(step, state after it, whether that is solvable) for the steps (a, operator, b, result) from a state.
 
-    A step is (a, operator, b, result). Results below zero are not needed: a swapped subtraction solves as much.
+    Fractions and large results only if no other step leads to the target; no negatives: swapping them solves as much.
     """
     states = {}
     for i, j in itertools.combinations(range(len(state)), 2):
@@ -137,7 +137,7 @@ def choices(state: tuple, target: int) -> tuple:
 def write_trace(hand: list[int], target: int, rng: random.Random) -> str:
     """A completion for a solvable hand: a search with backtracking that ends in the composed answer."""
     untried, seen, steps, solution = list(choices(tuple(hand), target)), set(), [], []
-    while not solution:         # some of the first steps, in order; those left out come once all others have failed
+    while not solution:         # some of the first steps, in order; the skipped ones come once the others have failed
         for choice in list(untried):
             first, three, leads = choice
             if rng.random() > (TRY_RIGHT if leads else TRY_WRONG):
@@ -167,8 +167,8 @@ def write_trace(hand: list[int], target: int, rng: random.Random) -> str:
 
 
 def prepare_game24(folder: Path, held_out: list[tuple]) -> dict:
-    """Writes train, val and test of the 24-point game, test with the hands held out if any; returns the summary."""
-    rng, word = random.Random(SEED), re.compile(r"\S+|\n")     # words are the tokens of MODEL=tiny
+    """Writes train, val and test for the 24-point game, with `held_out`, if any, as test; returns the summary."""
+    rng, word = random.Random(SEED), re.compile(r"\S+|\n")     # a word is a token of MODEL=tiny
     target = reward.TARGET
     hands = list(itertools.combinations_with_replacement(range(LOWEST, HIGHEST + 1), 4))
     solvable_hands = [hand for hand in hands if reward.solvable(hand, target)]
@@ -180,7 +180,7 @@ def prepare_game24(folder: Path, held_out: list[tuple]) -> dict:
     others = [hand for hand in solvable_hands if hand not in set(test)]
     for name, split in {"train": others[VAL_HANDS:], "val": others[:VAL_HANDS], "test": test}.items():
         if not split:
-            sys.exit(f"no hand is left for {name}, of {len(solvable_hands)} that can make {target}")
+            sys.exit(f"no hand is left for {name}: only {len(solvable_hands)} can make {target}")
         rows = []
         for hand in tqdm(split, desc=name, unit="hand", dynamic_ncols=True):
             traces = {}
@@ -201,7 +201,7 @@ def prepare_game24(folder: Path, held_out: list[tuple]) -> dict:
 
 def write_rows(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(exist_ok=True)
-    with written_aside(path) as file:
+    with atomic_write(path) as file:
         for number, row in enumerate(rows):
             print(json.dumps({"id": f"{path.stem}-{number}", **row}, ensure_ascii=False), file=file)
 
@@ -223,12 +223,12 @@ def raw_files() -> list[Path]:
 
 
 def read_texts(files: list[Path]) -> Iterator[tuple[dict, str | None]]:
-    """Rows {"source": "file:line", "title", "text"}, with a reason to drop those without a text."""
+    """Rows {"source": "file:line", "title", "text"}, each with None or, if it has no text, a reason to drop it."""
     def value(record, names):
-        """The first of these fields that a record has; a list is a text of lines."""
+        """The first of these fields that a record has; a list is taken as lines of text."""
         content = next((record[name] for name in names.split() if record.get(name)), "")
         content = "\n".join(map(str, content)) if isinstance(content, list) else content
-        return content if isinstance(content, str) and content != "nan" else ""        # an empty cell of pandas
+        return content if isinstance(content, str) and content != "nan" else ""        # pandas' empty cell
 
     for file in files:
         name = file.relative_to(RAW) if Path(RAW).is_dir() else file.name
@@ -239,7 +239,7 @@ def read_texts(files: list[Path]) -> Iterator[tuple[dict, str | None]]:
 
 
 def read_records(file: Path) -> Iterator[tuple[int, object]]:
-    """Line and fields of each record of a file; None for a broken one. What cannot be decoded is U+FFFD."""
+    """Line number and fields of each record in a file; None for a broken one. Undecodable bytes become U+FFFD."""
     data, kind = file.read_bytes(), file.suffix.lower()
     encodings = ["utf-16"] if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ["utf-8-sig", "gb18030", "big5hkscs"]
     encoding = max(encodings, key=lambda name: count_common(data[:2**18].decode(name, "replace")))
@@ -256,11 +256,11 @@ def read_records(file: Path) -> Iterator[tuple[int, object]]:
         rows, line = csv.DictReader((part + "\n" for part in text.split("\n")), strict=True), 2
         try:
             for row in rows:
-                yield line, None if None in row else row        # more cells than the heading has
+                yield line, None if None in row else row        # more cells than the header
                 line = rows.line_num + 1
         except csv.Error as error:      # a stray quote, which would swallow rows
-            sys.exit(f'{file}:{line}: {error}. Write a " within a cell twice, and such a cell between "')
-    else:       # texts between lines of ---; a single one is named like the file: `title` or `singer - title`
+            sys.exit(f'{file}:{line}: {error}. Double each " inside a cell, and enclose that cell in "')
+    else:       # texts separated by lines of ---; the file name of a single one is `title` or `singer - title`
         parts, line = re.split(r"(?m)^---[ \t]*$\n?", text), 1
         title = file.stem.rpartition(" - ")[2] if len(parts) == 1 else ""
         for part in parts:
@@ -272,14 +272,14 @@ def read_records(file: Path) -> Iterator[tuple[int, object]]:
 to_simplified = opencc.OpenCC("t2s").convert
 han = f"[{reward.han_range}]"
 kana = re.compile("[\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff]")
-# control, format, private and zero-width characters, surrogates, variation selectors; circled numbers, ※
+# control, format, private-use and zero-width characters, surrogates, variation selectors; circled numbers, ※
 junk = re.compile("[\0-\x08\x0e-\x1f\x7f-\x9f\xad\u200b-\u200f\u202a-\u202e\u203b\u2060-\u206f\u2460-\u2473"
                   "\ud800-\uf8ff\ufe00-\ufe0f\ufeff\ufff0-\ufffc\U000e0000-\U0010ffff]")
 line_break = re.compile(r"(?:\\r)?\\n|\\r|\r\n?|[\v\f\x85\u2028\u2029]")
 hidden = re.compile(r"<!--.*?-->|<(script|style|title|nav|footer|button|think)\b[^<>]*>.*?(?:</\1\s*>|\Z)", re.S | re.I)
 line_tag = re.compile(r"</?(?:br|p|div|li|tr|td|h[1-6r])\b[^<>]*>[ \t]*\n?", re.I)
 tag = re.compile(r"</?[a-z][^<>]*>", re.I)
-# tags of lrc and names of parts, times, frames of Genius, who sings, how often, notes
+# LRC tags and names of sections, time stamps, Genius boilerplate, singers, repeat counts, notes
 marks = re.compile(
     r"\[(?:[a-z#]{1,10}:|verse|[a-z-]*chorus|bridge|intro|outro)[^\[\]\n]*\]|[\[(<]\d+[:,][\d:,.]+[\])>]|\[\d{1,3}\]"
     r"|\A\s*\d+ contributors?.*? lyrics|you might also like|\d*embed\s*\Z"
@@ -287,11 +287,11 @@ marks = re.compile(
     r"|(?<![a-z0-9])\(?(?:[x×*] ?\d{1,2}|\d{1,2} ?[x×])\)?[ \t]*$", re.I | re.M)
 bar = re.compile(r"(?<![a-z0-9:]) ?[/|]+ ?", re.I)
 phrase_gap = re.compile(f"(?<={han}{han}) (?={han}{han})")
-edge = " •*#>|_=~\\★☆♪♫"         # of a line
+edge = " •*#>|_=~\\★☆♪♫"         # stripped from both ends of a line
 heading = re.compile(r"\A(?:《[^《》\n]*》|[^,。!?\n]{1,40} - [^,。!?\n]{1,40})\n")
 speaker = re.compile(f"^(?:男女|合唱|独白|(?![词曲编唱鼓问答曰说道云念]){han}) ?: ?", re.M)
 timed_words = re.compile(r'^\{"t":.*$', re.M)       # {"t":0,"c":[{"tx":"春"},{"tx":"风"}]}
-# a credit is a label of these words, at least one of the first ones, before a colon
+# a credit is a label made of these words, at least one of them from `credit`, before a colon
 credit = (
     "词|曲|编|唱|歌|乐|音|声|录|谱|制作|监制|出品|发行|母带|混|专辑|作者|总监|鸣谢|吉他|贝[斯司]|鼓|键盘|琴|胡|笛|筝|琵琶|策划|统筹|"
     "企划|推广|封面|后期|版权|来源|出处|转载|标签|分类|语种|流派|上传|更新|点击|阅读|浏览|评论|朝代|[唐宋元明清]代|"
@@ -310,8 +310,8 @@ wide = str.maketrans(",.!?:;", "，。！？：；")
 
 
 def clean(text: str) -> str:
-    """The text as lines, without markup, times, credits and notes, with one form of each character."""
-    for _ in range(3):      # pages have entities of entities
+    """The text as lines, without markup, time stamps, credits and notes, and with one form of each character."""
+    for _ in range(3):      # web pages contain doubly escaped entities
         text = html.unescape(junk.sub("", line_break.sub("\n", text)))
     text = timed_words.sub(lambda line: "".join(re.findall(r'"tx": ?"([^"]*)"', line[0])), text)
     text = tag.sub("", line_tag.sub("\n", hidden.sub("\n", unicodedata.normalize("NFKC", text))))
@@ -320,7 +320,7 @@ def clean(text: str) -> str:
         text = bar.sub("\n", text)
     lines = [line.strip(edge) for line in text.split("\n")]
     full = [line for line in lines if line]
-    if len(full) >= 8 and sum(len(line) <= 2 for line in full) > len(full) / 2:         # one or two characters a line
+    if len(full) >= 8 and sum(len(line) <= 2 for line in full) > len(full) / 2:         # one or two characters per line
         lines = ["".join(full).replace(",", ",\n")]
     if len(lines) == 1:
         lines = re.sub(r"([。!?;]+[\"”’)》]*)", r"\1\n", phrase_gap.sub("\n", lines[0])).split("\n")
@@ -334,16 +334,16 @@ def clean(text: str) -> str:
 
 
 def simplified(text: str) -> str:
-    """The text in simplified characters; unchanged if all that would change is in GB2312, such as 覆, 藉 and 沈."""
+    """The text in simplified characters; unchanged if all that would change is in GB2312, like 覆, 藉 and 沈."""
     converted = to_simplified(text)
     changed = "".join(old for old, new in zip(text, converted) if old != new)
     if len(changed.encode("gb2312", "ignore")) == 2 * len(changed):
         return text
-    return "".join(old if new > "\uffff" else new for old, new in zip(text, converted))     # rare ones are in no font
+    return "".join(old if new > "\uffff" else new for old, new in zip(text, converted))     # no font has the rare ones
 
 
 def in_order_of_time(text: str) -> str:
-    """The lines of LRC in the order in which they are first sung; of those with the same time, the Chinese ones."""
+    """LRC lines in the order in which they are first sung; of several with the same time, only the Chinese ones."""
     timed, time = [], ()
     for line in text.split("\n"):
         stamps = re.findall(r"\d[\d:.]+", re.match(r"(?:\s*\[\d+:[\d:.]+\])*", line)[0])
@@ -355,7 +355,7 @@ def in_order_of_time(text: str) -> str:
 
 
 def punctuated(text: str) -> str:
-    """Chinese punctuation in one form: ，。！？：；、“”‘’（）《》——……; a space between phrases is a comma."""
+    """Chinese punctuation in one form: ，。！？：；、“”‘’（）《》——……; a space between phrases becomes a comma."""
     closed = "，。！？：；、“”‘’（）《》—…"
     text = re.sub(r"\.{2,}|[…⋯]+|。{2,}", "……", text)
     text = re.sub(rf"-{{2,}}|[–—―─]+|(?<={han})-(?={han})", "——", text.translate(one_form))
@@ -369,18 +369,18 @@ def punctuated(text: str) -> str:
 
 
 def han_share(text: str) -> float:
-    """Share of Han characters among the letters; 0 for Japanese: more than a twentieth of kana."""
+    """Share of Han characters among the letters; 0 for Japanese, that is, more than a twentieth of kana."""
     letters = max(1, sum(character.isalpha() or character == "〇" for character in text))
     return len(reward.han(text)) / letters if len(kana.findall(text)) <= 0.05 * letters else 0.0
 
 
 def count_common(text: str) -> int:
-    """How many characters are among the 3,755 commonest of simplified Chinese, level one of GB2312."""
+    """Number of characters among the 3,755 commonest in simplified Chinese (level one of GB2312)."""
     return sum(0xb0 <= byte <= 0xd7 for byte in simplified(reward.han(text)).encode("gb2312", "ignore")[::2])
 
 
 def clean_texts(rows: list[dict]) -> Iterator[tuple[dict, str | None]]:
-    """Rows with clean text and title (《…》 or [ti:…] of the text, or that of the row), or the reason to drop one."""
+    """Rows with clean text and title (《…》 or [ti:…] of the text, else the row's), and a reason to drop it or None."""
     for row in rows:
         title = re.search(r"\A\s*《([^《》\n]{1,40})》|^\[ti:([^\]\n]+)\]", row["text"], re.M)
         title = (title[1] or title[2]) if title else row["title"]
@@ -399,8 +399,8 @@ def clean_texts(rows: list[dict]) -> Iterator[tuple[dict, str | None]]:
 
 
 def deduplicate(rows: list[dict]) -> Iterator[tuple[dict, str | None]]:
-    """Rows with "exact" (an earlier one has the same Han text), "near" (many of the same lines), or None."""
-    exact, sizes, texts_with = set(), [], defaultdict(list)     # Han texts; lines of each; line -> texts that have it
+    """Rows, each with "exact" (an earlier one has the same Han text), "near" (it shares many lines), or None."""
+    exact, sizes, texts_with = set(), [], defaultdict(list)     # Han texts; number of lines; line -> texts with it
     for row in rows:
         characters, lines = reward.han(row["text"]), distinct_lines(row["text"])
         shared = Counter(text for line in lines if len(texts_with[line]) <= STOCK_LINES for text in texts_with[line])
@@ -416,7 +416,7 @@ def deduplicate(rows: list[dict]) -> Iterator[tuple[dict, str | None]]:
 
 
 def distinct_lines(text: str) -> set[str]:
-    """Phrases of a text (Han only, at least 4 characters); if most are shorter, each with the next one."""
+    """Phrases of a text (Han only, at least 4 characters); if most are shorter, each joined to the next."""
     phrases = [reward.han(phrase) for phrase in re.split("[，。！？；\n]", text)]
     if sum(len(phrase) for phrase in phrases if len(phrase) >= 4) < sum(map(len, phrases)) / 2:
         phrases = [first + second for first, second in itertools.pairwise(filter(None, phrases))]
@@ -424,7 +424,7 @@ def distinct_lines(text: str) -> set[str]:
 
 
 def keywords_offline(rows: list[dict]) -> list[list[str]]:
-    """The WORDS best content words of each row by tf-idf, or fewer, of 2 to 4 Han characters, none part of another."""
+    """Up to WORDS content words of each row, best first by tf-idf: 2 to 4 Han characters, none part of another."""
     counts_of, stop_words = [], STOP_WORDS.split()
     for row in rows:
         words = [word for word, tag in rjieba.tag(row["text"]) if tag[0] in "nvailts" and not tag.startswith("nr")]
@@ -445,7 +445,7 @@ def keywords_offline(rows: list[dict]) -> list[list[str]]:
 
 
 def ask_about(rows: list[dict], question: str, read, cache: Path) -> list:
-    """What read(row, answer) finds in the answers of API_MODEL to a question about each row; None if not usable."""
+    """read(row, answer) for API_MODEL's answer to a question about each row; None where no answer is usable."""
     questions = [question.format(**row, listed="，".join(row.get("keywords", []))) for row in rows]
     jobs = [[{"role": "user", "content": text}] for text in questions]
     answers = call_api(jobs, cache, lambda index, answer: read(rows[index], answer) is not None)
@@ -453,14 +453,14 @@ def ask_about(rows: list[dict], question: str, read, cache: Path) -> list:
 
 
 def keywords_in(row: dict, answer: str) -> list[str] | None:
-    """Words of the text in an answer, none part of another; None if they are too few."""
+    """Words in an answer that occur in the text, none part of another; None if there are too few."""
     words = [word for word in dict.fromkeys(reward.HAN.findall(answer)) if 2 <= len(word) <= 4 and word in row["text"]]
     words = [word for word in words if not any(word != other and word in other for other in words)]
     return words[:KEYWORDS_MAX] if len(words) >= KEYWORDS_MIN else None
 
 
 def thought_in(row: dict, answer: str) -> str | None:
-    """The answer if it is a thought of fit length that names every keyword and keeps a completion in form."""
+    """The answer if it is a thought of suitable length that names every keyword and leaves a completion well-formed."""
     in_form = reward.split_verse(f"<think>{answer}</think>{as_completion(row)}")[3] == 1 and "\n" not in answer
     return answer if in_form and 40 <= len(answer) <= 400 and all(word in answer for word in row["keywords"]) else None
 
@@ -469,7 +469,7 @@ def thought_in(row: dict, answer: str) -> str | None:
 
 
 def verse_lines(text: str) -> list[str]:
-    """Lines of a text as in a completion, in which / separates them and 《》 marks the title."""
+    """Lines of a text, made safe for a completion, in which / separates lines and 《》 marks the title."""
     lines = [re.sub("[<>/]", "", line).translate(str.maketrans("《》", "“”")).strip() for line in text.split("\n")]
     return [line for line in lines if reward.han(line)]
 
@@ -496,7 +496,7 @@ def as_sample(row: dict, keywords: list[str], thought: str = "") -> dict:
 
 
 def template_thought(row: dict, keywords: list[str]) -> str:
-    """A plan read off the text: keywords, the phrase of each, title, number of lines, and their commonest rhyme."""
+    """A plan read off the text: keywords, the phrase with each, title, number of lines, and the commonest rhyme."""
     title, *lines = as_completion(row).split("/")
     phrases = re.split("[，。！？；/]", "/".join(lines))
     drafts = [f"{word}：{next(reward.han(phrase) for phrase in phrases if word in phrase)}" for word in keywords]
@@ -524,8 +524,8 @@ def rhyme_classes() -> dict[str, str]:
 def select_texts(rows: list[dict], count: int) -> list[dict]:
     """The `count` best and most varied rows.
 
-    Best: share of rhyming lines plus share of lines as long as a neighbour. Varied: a row whose keywords no better row
-    has comes before all rows with a keyword that a better one has, and so on, so that no theme fills the choice.
+    Best: share of rhyming lines plus share of lines as long as a neighbour. Varied: rows are ordered by how
+    many better rows have their commonest keyword; those with only new keywords come first, so no theme dominates.
     """
     quality = [reward.rhyme_share(lines) + reward.parallel_share(lines) for lines in map(han_lines, rows)]
     used, repeats = Counter(), {}
@@ -536,7 +536,7 @@ def select_texts(rows: list[dict], count: int) -> list[dict]:
 
 
 def split_texts(rows: list[dict], rng: random.Random) -> dict[str, list[dict]]:
-    """Rows by split. No line and no set of keywords is in two splits; texts that would break this are left out."""
+    """Rows by split. No two splits share a line or a set of keywords; texts that would break this are left out."""
     rows = list({frozenset(row["keywords"]): row for row in rng.sample(rows, len(rows))}.values())[::-1]
     counts = {"test": min(TEST_TEXTS, len(rows) // 5), "val": min(VAL_TEXTS, len(rows) // 10), "train": len(rows)}
     splits, held_out = {}, set()
@@ -546,15 +546,15 @@ def split_texts(rows: list[dict], rng: random.Random) -> dict[str, list[dict]]:
         held_out = held_out.union(*map(line_codes, splits[name]))
     if len(splits["val"]) < 5 or not splits["train"]:
         sizes = {name: len(split) for name, split in splits.items()}
-        sys.exit(f"too few texts {sizes}: about 50 are needed that do not all share a line")
+        sys.exit(f"too few texts {sizes}: about 50 that do not all share a line are needed")
     return splits
 
 
 def text_table(train: list[dict], thoughts: list[str], val: list[dict], classes: dict, rng: random.Random) -> dict:
-    """What reward.py knows about the training texts, as in table.json; sizes as 2nd and 98th percentiles.
+    """What reward.py knows about the training texts (table.json); line counts and lengths as 2nd and 98th percentiles.
 
-    `fluency`: what earns 0, the median of val texts with shuffled characters, and 1, which three quarters of them reach
-    unshuffled. `rhyme_chance`: share of rhyming lines among lines of any texts.
+    `fluency`: the values that earn 0 (the median of val texts with shuffled characters) and 1 (three quarters of
+    val texts reach it). `rhyme_chance`: share of rhyming lines once all lines are shuffled across texts.
     """
     texts = [han_lines(row) for row in train]
     all_lines = list(itertools.chain(*texts))
@@ -570,7 +570,7 @@ def text_table(train: list[dict], thoughts: list[str], val: list[dict], classes:
         shuffled.append(reward.fluency(["".join(itertools.islice(letters, len(line))) for line in lines]))
     [low], [high] = percentiles(shuffled, 50), percentiles(genuine, 25)
     if high <= low:
-        sys.exit(f"{len(train)} training texts are too few: by their pairs of characters, val texts are no likelier "
+        sys.exit(f"{len(train)} training texts are too few: by their pairs of characters, val texts are no more fluent "
                  f"({high:.2f}) than shuffled ones ({low:.2f})")
     codes = sorted(set().union(*map(line_codes, train)))
     return {"finals": classes, "characters": characters, "bigrams": dict(bigrams),
@@ -585,8 +585,8 @@ def text_table(train: list[dict], thoughts: list[str], val: list[dict], classes:
 def variants(row: dict, held_out: set[frozenset], pool: dict[tuple, list], rng: random.Random) -> Iterator[dict]:
     """Up to VARIANTS samples with a thought, none for a set of keywords in `held_out`.
 
-    The first is for the keywords, others for random words of different phrases, most of which are replaced in text and
-    thought by words of `pool`, which has them by length and rhyme class.
+    The first is for the row's keywords, the others for random words from different phrases. These words are usually
+    replaced, in text and thought, by words of the same length and rhyme class from `pool`.
     """
     phrases, seen = re.split("[，。！？；/]", "/".join(verse_lines(row["text"]))), set(held_out)
     for attempt in range(VARIANTS):
@@ -613,7 +613,7 @@ def prepare_lyrics(folder: Path, files: list[Path]) -> dict:
     funnel, cache, rng = {}, folder.parent / "api.jsonl", random.Random(SEED)
 
     def keep(stage, results):
-        """The rows without a reason to drop them; prints how many others there are by reason, and the first ones."""
+        """The rows without a reason to drop them; prints how many are dropped for each reason, and the first few."""
         kept, dropped = [], defaultdict(list)
         for row, reason in tqdm(results, desc=stage, unit="text", dynamic_ncols=True):
             (dropped[reason] if reason else kept).append(row)
@@ -648,7 +648,7 @@ def prepare_lyrics(folder: Path, files: list[Path]) -> dict:
     held_out = {frozenset(row["keywords"]) for row in splits["val"] + splits["test"]}
     held_out_lines = set().union(*map(line_codes, splits["val"] + splits["test"]))
 
-    def training(rows):         # also texts that have no thought, or no keywords
+    def training(rows):         # including texts without thoughts or keywords
         others = [row for row in rows if row["source"] not in taken and not line_codes(row) & held_out_lines]
         return splits["train"] + [row for row in others if frozenset(row["keywords"]) not in held_out]
 
@@ -673,20 +673,20 @@ def prepare_lyrics(folder: Path, files: list[Path]) -> dict:
     return {name: len(samples) for name, samples in parts.items()}
 
 
-# ---- answers of an API: the same in data_prep.py and eval.py --------------------------------------------------------
+# ---- answers from an API: the same in data_prep.py and eval.py ------------------------------------------------------
 
 
 def call_api(jobs: list[list[dict]], cache: Path, accept=lambda index, answer: True) -> list[str | None]:
-    """Answers to lists of chat messages, in order; None if neither of two answers suits accept(index, answer).
+    """Answers to lists of chat messages, in order; None where neither of two answers passes accept(index, answer).
 
-    Appends each answer to `cache` as soon as it arrives and never asks for it again. Exits before sending what may cost
-    more than API_MAX_COST, and at an error that the retries of the client did not fix.
+    Appends each answer to `cache` as it arrives and never asks for it again. Exits before sending calls that may
+    cost more than API_MAX_COST, and on an error that the client's retries did not fix.
     """
     settings = [API_MODEL, API_TEMPERATURE, API_MAX_TOKENS]
     keys = [hashlib.sha256(json.dumps([*settings, job], sort_keys=True).encode()).hexdigest() for job in jobs]
     cached = {}
     for line in cache.read_text(encoding="utf-8", errors="replace").split("\n") if cache.is_file() else ():
-        with contextlib.suppress(ValueError, TypeError, KeyError):      # damaged or half a line
+        with contextlib.suppress(ValueError, TypeError, KeyError):      # a damaged or half-written line
             row = json.loads(line)
             cached[row["key"]] = row["answer"]
     answers = {key: cached[key] for index, key in enumerate(keys) if key in cached and accept(index, cached[key])}
@@ -711,11 +711,11 @@ def call_api(jobs: list[list[dict]], cache: Path, accept=lambda index, answer: T
         if spent > API_MAX_COST:
             sys.exit(f"{spent:.4f} is above API_MAX_COST={API_MAX_COST}: raise it, or ask for less")
         if not secret:
-            sys.exit("set the environment variable API_KEY, and API_BASE for another service than DeepSeek's")
+            sys.exit("set the environment variable API_KEY, and API_BASE for a service other than DeepSeek's")
         client = openai.OpenAI(base_url=os.environ.get("API_BASE", "https://api.deepseek.com/v1"), api_key=secret,
                                timeout=API_TIMEOUT, max_retries=API_RETRIES)
         with ThreadPool(API_THREADS) as pool, open(cache, "a", encoding="utf-8", errors="replace") as file:
-            file.write("\n")        # after the half line that a kill may leave
+            file.write("\n")        # ends the half line that a kill may have left
             try:
                 for key, answer in tqdm(pool.imap_unordered(ask, todo), total=len(todo), unit="call"):
                     if answer:
@@ -723,7 +723,7 @@ def call_api(jobs: list[list[dict]], cache: Path, accept=lambda index, answer: T
                         print(json.dumps({"key": key, "answer": answer}, ensure_ascii=False), file=file, flush=True)
             except (openai.OpenAIError, ValueError, TypeError, IndexError, AttributeError) as error:
                 reason = " ".join(f"{type(error).__name__}: {error}".replace(secret, "***").split())[:400]
-                sys.exit(f"{API_MODEL} does not answer, rerun to ask only for what is missing: {reason}")
+                sys.exit(f"{API_MODEL} failed, rerun to ask only for what is missing: {reason}")
     return [answers.get(key) for key in keys]
 
 
@@ -734,7 +734,7 @@ def main() -> None:
     constants = configure(sys.argv[1:])
     if TASK == "game24":
         if HIGHEST - LOWEST > 19:
-            sys.exit(f"HIGHEST={HIGHEST} makes too many hands for 2 GB of memory; HIGHEST={LOWEST + 19} is the largest")
+            sys.exit(f"HIGHEST={HIGHEST} makes too many hands for 2 GB of memory: use HIGHEST={LOWEST + 19} or less")
         hands = reward.read_hands(Path(HOLDOUT)) if HOLDOUT else []
         folder = open_run(Path(OUT, "data"), constants, {"hands of HOLDOUT": hands})
         summary = prepare_game24(folder, hands)
@@ -744,7 +744,7 @@ def main() -> None:
         folder = open_run(Path(OUT, "data"), constants, {"files of RAW": digest})
         summary = prepare_lyrics(folder, files)
     else:
-        sys.exit(f"TASK={TASK}: data is made for game24 and lyrics; set DATA= to your own folder for another task")
+        sys.exit(f"TASK={TASK}: data is made for game24 and lyrics only; for another task set DATA= to your own folder")
     write_json(folder / "summary.json", summary)
     print("\n".join(f"{name}: {value}" for name, value in summary.items()))
 
@@ -755,9 +755,9 @@ def main() -> None:
 def configure(argv: list[str]) -> dict:
     """Sets constants of this script and reward.py from NAME=value or --name=value, and returns all of them.
 
-    The top of each file runs again, line by line, with these values put back after each line: what depends on a changed
-    constant follows it. Exits if no script has the name. Constants of other scripts are ignored, because make passes
-    every one to every script.
+    The top of each file is run again, statement by statement, with these values reapplied after each one, so constants
+    that depend on a changed one follow it. Exits if no script has the name. Constants of other scripts are ignored,
+    because make passes every constant to every script.
     """
     own = Path(__file__)
     given = {name.lstrip("-").upper(): value for name, _, value in (word.partition("=") for word in argv)}
@@ -781,10 +781,10 @@ def configure(argv: list[str]) -> dict:
 
 
 def open_run(folder: Path, constants: dict, inputs: dict) -> Path:
-    """Opens the folder of a run: the same run goes on, a different one is first renamed to NAME.1, NAME.2, ...
+    """Opens the folder of a run, new or resumed; a different run in its place is first renamed to NAME.1, NAME.2, ...
 
-    The same run has the same inputs and constants, except for those in `free`. Exits if it is complete or in use.
-    Returns the folder without links, so that a link to another disk stays one.
+    A run is the same if its inputs and constants are, except for those in `free`. Exits if it is complete or in use.
+    Returns the folder with links resolved, so that a link to another disk survives the renaming.
     """
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -792,7 +792,7 @@ def open_run(folder: Path, constants: dict, inputs: dict) -> Path:
     try:
         fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        sys.exit(f"{folder} is in use by another process, set OUT= to another folder: {error}")
+        sys.exit(f"{folder} is in use by another process: set OUT= to another folder ({error})")
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}
     run = json.loads(json.dumps({"constants": constants, "inputs": inputs, "versions": versions}))
     if (folder / "run.json").is_file():
@@ -817,8 +817,8 @@ def open_run(folder: Path, constants: dict, inputs: dict) -> Path:
 
 
 @contextlib.contextmanager
-def written_aside(path: Path, mode: str = "w"):
-    """A file that gets its name once it is complete and on the disk, so that it is never half written."""
+def atomic_write(path: Path, mode: str = "w"):
+    """A file that gets its name only once it is complete and on disk, so that it is never half-written."""
     aside = path.with_name(path.name + ".tmp")
     with open(aside, mode, encoding=None if "b" in mode else "utf-8") as file:
         yield file
@@ -828,7 +828,7 @@ def written_aside(path: Path, mode: str = "w"):
 
 
 def write_json(path: Path, value) -> None:
-    with written_aside(path) as file:
+    with atomic_write(path) as file:
         json.dump(value, file, indent=1, ensure_ascii=False)
 
 

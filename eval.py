@@ -1,8 +1,8 @@
-"""Evaluates policies on prompts that were not trained on, and draws the figures of a run.
+"""Evaluates policies on prompts that they were not trained on, and draws the figures of a run.
 
     python eval.py                                              # SFT and GRPO on the test split
     python eval.py --policies=a=runs/a/grpo,b=runs/b/grpo       # any folders or hub models, in one table
-    python eval.py --hands=hands.txt                            # your own hands, one a line: 4 5 6 10
+    python eval.py --hands=hands.txt                            # your own hands, one per line: 4 5 6 10
     python eval.py --q="3 3 8 8"                                # the reasoning before and after GRPO
     python eval.py --task=lyrics --judge=1                      # a model behind an API scores the evaluated verses
 
@@ -43,52 +43,52 @@ import reward
 # Run
 TASK = "game24"              # game24, lyrics, or your own in reward.py
 DEVICE = "cuda" if torch.cuda.is_available() or os.path.exists("/dev/nvidia0") else "cpu"
-MODEL = "Qwen/Qwen2.5-1.5B-Instruct" if DEVICE == "cuda" else "tiny"     # what SFT started from sets the constants
+MODEL = "Qwen/Qwen2.5-1.5B-Instruct" if DEVICE == "cuda" else "tiny"     # SFT's base model; sets other constants
 TINY = MODEL == "tiny"
 LYRICS = TASK == "lyrics"
 OUT = f"runs/{TASK}"         # root of the run: this script writes OUT/eval
-DATA = f"{OUT}/data"         # folder of the split, and of train.jsonl, which must not overlap with it
+DATA = f"{OUT}/data"         # folder with the split and with train.jsonl, which must not overlap
 SFT = f"{OUT}/sft"           # the policy before GRPO
 POLICIES = f"sft={SFT},grpo={OUT}/grpo"          # name=folder or hub model, name=...
 if LYRICS and os.path.isdir(f"{OUT}/raw/sft"):
     POLICIES = f"raw={OUT}/raw/sft,{POLICIES}"
 SPLIT = "test"               # test or val
-HANDS = ""                   # file of hands or of keywords, one a line, instead of the split; results in OUT/eval-STEM
+HANDS = ""                   # file of hands or keywords, a set per line, instead of the split; results in OUT/eval-STEM
 SEED = 0
 THREADS = torch.get_num_threads()
 # Instead of an evaluation
-Q = ""                       # four numbers, or keywords: prints a completion of each policy
-EXPORT = ""                  # folder: writes the last policy there as a plain model, an adapter merged
-DISTIL = 0                   # completions of each training prompt, whose right ones become data for a new SFT ...
-DISTIL_KEEP = 4              # ... at most so many different ones of a prompt, the shortest
-PLOTS_ONLY = 0               # 1: draws the figures again, also of a GRPO run under way
+Q = ""                       # four numbers, or keywords: prints a completion by each policy
+EXPORT = ""                  # folder: writes the last policy there as a plain model, with any adapter merged
+DISTIL = 0                   # completions per training prompt; the right ones become data for a new SFT ...
+DISTIL_KEEP = 4              # ... at most this many distinct ones per prompt, the shortest
+PLOTS_ONLY = 0               # 1: redraws the figures, even while a GRPO run is under way
 JUDGE = 0                    # 1: API_MODEL scores the verses of the finished evaluation, which costs money
 HUMAN = ""                   # the filled-in people.csv: prints how well judge and rules agree with people
 # Sampling
 LOAD_4BIT = 0 if TINY else 1           # NF4 as in training; 0: bf16 on a GPU, fp32 on a CPU
 BF16 = int(torch.cuda.is_bf16_supported(False) if DEVICE == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported())
-SAMPLES = 4                            # sampled completions of a prompt, at least 1; a greedy one is added
+SAMPLES = 4                            # sampled completions per prompt, at least 1; a greedy one is added
 TEMPERATURE = 0.7
 TOP_P = 0.9
 MAX_NEW_TOKENS = 320 if TINY else 1024
 EVAL_ROWS = 512 if TINY else 128       # completions sampled at a time; halved when memory runs out
-BOOTSTRAP = 2000                       # resamples of an interval
-# The judge of lyrics
+BOOTSTRAP = 2000                       # resamples per interval
+# The lyrics judge
 JUDGE_SAMPLES = 50           # prompts whose first sampled verse goes to the judge and to people
 MAX_UNPARSED = 0.2           # share of unusable answers above which nothing is reported
-# API: an OpenAI-compatible chat endpoint. Its address and key are the environment variables API_BASE and API_KEY
+# API: an OpenAI-compatible chat endpoint. Its address and key come from the environment variables API_BASE and API_KEY
 API_MODEL = "deepseek-chat"
-API_THREADS = 16             # calls at a time
-API_TIMEOUT = 120            # seconds of one attempt
-API_RETRIES = 6              # attempts after the first one
-API_TEMPERATURE = 0.7        # below 0: not sent, for models that refuse it
-API_LENGTH_FIELD = "max_tokens"        # what requests call the next constant; newer models want max_completion_tokens
-API_MAX_TOKENS = 1024        # of an answer, including the thoughts of models that think
-API_PRICE_IN = 0.3           # money for a million tokens of messages ...
-API_PRICE_OUT = 1.2          # ... and of answers
-API_MAX_COST = 5.0           # the same money, for each round of calls (keywords, thoughts, scores)
+API_THREADS = 16             # concurrent calls
+API_TIMEOUT = 120            # seconds per attempt
+API_RETRIES = 6              # attempts after the first
+API_TEMPERATURE = 0.7        # below 0: not sent, for models that reject it
+API_LENGTH_FIELD = "max_tokens"        # request field for the next constant; newer models want max_completion_tokens
+API_MAX_TOKENS = 1024        # per answer, including the thoughts of reasoning models
+API_PRICE_IN = 0.3           # cost of a million input tokens ...
+API_PRICE_OUT = 1.2          # ... and of a million output tokens
+API_MAX_COST = 5.0           # limit, in the same currency, for each round of calls (keywords, thoughts, scores)
 
-free = {"MODEL", "OUT", "DATA", "SFT", "POLICIES", "HANDS", "THREADS", "API_MODEL", "API_MAX_COST"}     # change nothing
+free = {"MODEL", "OUT", "DATA", "SFT", "POLICIES", "HANDS", "THREADS", "API_MODEL", "API_MAX_COST"}     # may change
 
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def main() -> None:
     pairs = [pair.split("=", 1) for pair in POLICIES.split(",")]
     policies = dict(pairs)
     if len(policies) < len(pairs):
-        sys.exit(f"a name is given to two of POLICIES={POLICIES}")
+        sys.exit(f"two policies have the same name in POLICIES={POLICIES}")
     reward.use_data(TASK, data)
     if Q:
         return ask(policies)
@@ -121,16 +121,16 @@ def main() -> None:
     files = (source, data / "train.jsonl", data / "table.json", Path(OUT, "grpo/log.jsonl"))
     inputs = {path.name: sha256(path) for path in files if path.is_file()}
     for name, path in policies.items():
-        load_policy(path)       # exits if it cannot, before anything is sampled
-        run = Path(path, "run.json")        # has the hash of what it was trained on; stages of lyrics have other files
+        load_policy(path)       # exits if it cannot be loaded, before anything is sampled
+        run = Path(path, "run.json")        # has the hash of its training data; stages of lyrics have other files
         if not LYRICS and run.is_file() and inputs.get("train.jsonl", "") not in run.read_text(encoding="utf-8"):
-            print(f"warning: {path} was not trained on {data}/train.jsonl: it may have seen what it is measured on")
+            print(f"warning: {path} was not trained on {data}/train.jsonl: it may have seen what it is tested on")
         inputs[name] = [sha256(file) for file in sorted(Path(path).glob("*.safetensors"))] or path
     folder = open_run(folder, constants, inputs)
     for name, path in policies.items():
-        if not (folder / f"{name}.jsonl").is_file():       # else it was finished before the evaluation was cut off
+        if not (folder / f"{name}.jsonl").is_file():       # else it was finished before an interruption
             completions = complete_rows(*load_policy(path), rows, range(SAMPLES + 1))
-            with written_aside(folder / f"{name}.jsonl") as file:
+            with atomic_write(folder / f"{name}.jsonl") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in completions)
     completed = read_completed(folder, policies)
     figures = draw(folder, completed)
@@ -152,7 +152,7 @@ def main() -> None:
 
 
 def complete_rows(model, tokenizer, rows: list[dict], samples) -> list[dict]:
-    """Each row with a completion and its scores, once for each of `samples`: 0 is greedy, other numbers are sampled."""
+    """Each row with a completion and its scores, once for each number in `samples`: 0 is greedy, others are sampled."""
     eos_ids, prompt_ids = end_ids(model, tokenizer), [encode_prompt(tokenizer, row["prompt"]) for row in rows]
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if any(tokenizer.unk_token_id in ids for ids in prompt_ids):
@@ -160,7 +160,7 @@ def complete_rows(model, tokenizer, rows: list[dict], samples) -> list[dict]:
     completed = []
     for sample in samples:
         sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0} if sample else {}
-        # it replaces the model's own, from which generate would take what is not set, such as a repetition penalty
+        # replaces the model's own, from which generate would take what is not set here, such as a repetition penalty
         model.generation_config = GenerationConfig(max_new_tokens=MAX_NEW_TOKENS, eos_token_id=eos_ids,
                                                    pad_token_id=tokenizer.pad_token_id, **sampling)
 
@@ -185,16 +185,16 @@ def complete_rows(model, tokenizer, rows: list[dict], samples) -> list[dict]:
 
 
 def read_prompts(path: Path, train: Path) -> list[dict]:
-    """Rows of the split, or of HANDS; each has an id. Exits if one is bad or was trained on."""
+    """Rows of the split, or of HANDS, each with an id. Exits if one is bad or was trained on."""
     if not HANDS:
         rows = reward.read_rows(TASK, path, "prompt")
     elif TASK == "game24":
         hands = reward.read_hands(path)
         solvable_hands = [hand for hand in hands if reward.solvable(hand, reward.TARGET)]
-        print(f"{path}: {len(solvable_hands)} of {len(hands)} hands can make {reward.TARGET}, the others are left out")
+        print(f"{path}: {len(solvable_hands)} of {len(hands)} hands can make {reward.TARGET}; the others are left out")
         rows = [reward.question(TASK, " ".join(map(str, hand))) for hand in solvable_hands]
     else:
-        text = opencc.OpenCC("t2s").convert(path.read_text(encoding="utf-8-sig"))      # simplified, as the corpus is
+        text = opencc.OpenCC("t2s").convert(path.read_text(encoding="utf-8-sig"))      # simplified, like the corpus
         rows = [reward.question(TASK, line) for line in text.split("\n") if line.strip()]
     if train.is_file():
         reward.refuse_overlap(TASK, reward.read_rows(TASK, train, "prompt"), rows, path)
@@ -202,18 +202,18 @@ def read_prompts(path: Path, train: Path) -> list[dict]:
 
 
 def read_completed(folder: Path, policies) -> dict[str, list[dict]]:
-    """The completions of those policies that are evaluated already."""
+    """The completions of those policies that have already been evaluated."""
     files = {name: folder / f"{name}.jsonl" for name in policies}
     return {name: reward.read_rows(TASK, file, "prompt") for name, file in files.items() if file.is_file()}
 
 
 def load_policy(path: str):
-    """Model and tokenizer of a policy, by hub name or folder, which may hold a LoRA adapter. Exits if it cannot."""
+    """Model and tokenizer of a policy, by hub name or folder, which may hold a LoRA adapter. Exits if loading fails."""
     is_adapter = Path(path, "adapter_config.json").is_file()
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                              bnb_4bit_compute_dtype=torch.bfloat16 if BF16 else torch.float32)
     try:
-        torch.zeros(1, device=DEVICE)        # before a download: raises if the driver of the GPU does not work
+        torch.zeros(1, device=DEVICE)        # before any download: raises if the GPU's driver does not work
         base = PeftConfig.from_pretrained(path).base_model_name_or_path if is_adapter else path
         model = AutoModelForCausalLM.from_pretrained(
             base, use_safetensors=True, quantization_config=nf4 if LOAD_4BIT else None, device_map={"": DEVICE},
@@ -222,15 +222,15 @@ def load_policy(path: str):
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
         sys.exit(f"cannot load {path!r}: {error}\nRun `make train` or set POLICIES=name=folder; DEVICE=cpu uses no GPU")
     if TINY != getattr(model.config, "tiny", False):
-        sys.exit(f"the constants are those of MODEL={MODEL}, but {path} is {'not ' if TINY else ''}a tiny model: set "
-                 "MODEL= to the model that it was trained from")
-    if is_adapter:          # autocast keeps the casts of trainable weights
+        sys.exit(f"the constants are for MODEL={MODEL}, but {path} is {'not ' if TINY else ''}a tiny model: set MODEL= "
+                 "to the model that it was trained from")
+    if is_adapter:          # trainable, because autocast caches the casts of such weights only
         model = PeftModel.from_pretrained(model, path, is_trainable=True).eval()
     return model, tokenizer
 
 
 def ask(policies: dict[str, str]) -> None:
-    """Prints a sampled completion of every policy for the numbers or keywords in Q, and what it is worth."""
+    """Prints a sampled completion of every policy for the numbers or keywords in Q, and its scores."""
     try:
         row = reward.question(TASK, opencc.OpenCC("t2s").convert(Q))
     except ValueError as error:
@@ -248,7 +248,7 @@ def ask(policies: dict[str, str]) -> None:
 
 
 def export(path: str, folder: Path) -> None:
-    """Writes a policy as a plain model: an adapter is merged in fp32 with the weights that it was trained on."""
+    """Writes a policy as a plain model: an adapter is merged, in fp32, into the weights that it was trained on."""
     if (folder / "run.json").is_file():
         sys.exit(f"EXPORT={folder} holds a run: choose another folder")
     model, tokenizer = load_policy(path)
@@ -262,7 +262,7 @@ def export(path: str, folder: Path) -> None:
 
 
 def distil(path: str, data: Path, constants: dict) -> None:
-    """Writes OUT/distil/data: right answers of a policy to the training prompts (R1's generate, filter, distil)."""
+    """Writes OUT/distil/data: a policy's right answers to the training prompts (generate, filter, distil, as in R1)."""
     weights = [sha256(file) for file in sorted(Path(path).glob("*.safetensors"))] or path
     folder = open_run(Path(OUT, "distil/data"), constants,
                       {"weights": weights, "train.jsonl": sha256(data / "train.jsonl")})
@@ -276,7 +276,7 @@ def distil(path: str, data: Path, constants: dict) -> None:
     samples = [row for of_prompt in kept.values() for row in of_prompt.values()]
     if not samples:
         sys.exit(f"none of {len(completed)} completions of {path} is right: there is nothing to learn from")
-    with written_aside(folder / "train.jsonl") as file:
+    with atomic_write(folder / "train.jsonl") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
     for name in ("val.jsonl", "test.jsonl", "table.json"):
         if (data / name).is_file():
@@ -304,13 +304,13 @@ def summarise(completed: list[dict]) -> dict:
                 "greedy_accuracy": values("correct", greedy)}
     summary = {"n": len(sampled), "prompts": prompts}
     for name, column in columns.items():
-        if not numpy.isnan(column).all():       # human texts have no tokens, and none of them is greedy
+        if not numpy.isnan(column).all():       # human texts have no token counts, and none is greedy
             summary |= {name: float(numpy.nanmean(column)), f"{name}_ci": interval(column)}
     return summary
 
 
 def interval(values) -> list[float]:
-    """95 % bootstrap interval of the mean of values (n,), or (samples, n) of n prompts; NaN are left out."""
+    """95 % bootstrap interval of the mean of values (n,), or (samples, n) for n prompts; NaNs are ignored."""
     values = numpy.atleast_2d(values)
     draws = numpy.random.default_rng(SEED).integers(0, values.shape[1], (BOOTSTRAP, values.shape[1]))
     sums, counts = numpy.nansum(values, 0)[draws].sum(1), (~numpy.isnan(values)).sum(0)[draws].sum(1)
@@ -332,14 +332,14 @@ def table(metrics: dict[str, dict]) -> str:
             ends = "–".join(f"{end:.3g}" for end in values.get(f"{name}_ci", []))
             lines[-1].append(f"{values[name]:.3g}{ends and f' ({ends})'}" if name in values else "–")
     lines = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([*lines, "", f"In brackets 95 % bootstrap intervals over {first['prompts']} prompts."])
+    return "\n".join([*lines, "", f"In brackets: 95 % bootstrap intervals over {first['prompts']} prompts."])
 
 
 def draw(folder: Path, completed: dict[str, list[dict]]) -> list[str]:
-    """Draws the figures whose data exists, of the GRPO run and of completions; returns the names of their files."""
+    """Draws those figures, of the GRPO run and of completions, for which there is data; returns their file names."""
     folder.mkdir(parents=True, exist_ok=True)
     path, figures = Path(OUT, "grpo/log.jsonl"), {}
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []      # the last one may be half
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []      # the last may be partial
     log = [json.loads(line) for line in lines]
     evaluated = [entry for entry in log if "val_accuracy" in entry]
     if evaluated:
@@ -354,7 +354,7 @@ def draw(folder: Path, completed: dict[str, list[dict]]) -> list[str]:
         axes = figures["lengths.png"] = Figure(figsize=(7, 4)).subplots()
         lengths = [evaluated[0]["val_lengths"], evaluated[-1]["val_lengths"]]
         axes.hist(lengths, 32, histtype="step", label=["before GRPO", "last evaluation"])
-        axes.set(xlabel="tokens of a completion on val", ylabel="completions")
+        axes.set(xlabel="tokens per val completion", ylabel="completions")
     if TASK == "game24":
         axes = figures["length_reward.png"] = Figure(figsize=(7, 4)).subplots()
         axes.plot([reward.length_reward(lines) for lines in range(61)], color="black", label="length reward")
@@ -367,25 +367,25 @@ def draw(folder: Path, completed: dict[str, list[dict]]) -> list[str]:
     return list(figures)
 
 
-# ---- verses: metrics, a model behind an API as judge, people --------------------------------------------------------
+# ---- verses: metrics, a model behind an API as judge, human scores --------------------------------------------------
 
 
 def verse(completion: str) -> str:
-    """Lines of the verse after the reasoning: all of a text that has none, nothing if the reasoning has no end."""
+    """Lines of the verse after the reasoning: the whole text if it has none, nothing if the reasoning is not closed."""
     text = re.sub("^.*?</think>|<think>.*", "", completion, flags=re.DOTALL)
     return "\n".join(line.strip() for line in re.sub("[/／]", "\n", text).splitlines()).strip()
 
 
 def verse_metrics(completed: dict[str, list[dict]], data: Path, model, tokenizer) -> dict[str, dict[str, float]]:
-    """Of the first sampled verses of each policy: distinct n-grams of characters, self-BLEU, share of lines that rhyme
-    if all are shuffled, and Fréchet distance to human texts, as normal distributions with independent coordinates.
+    """Metrics of each policy's first sampled verses: distinct character n-grams, self-BLEU, share of lines that rhyme
+    once all are shuffled, and Fréchet distance to human texts, both taken as normal with independent coordinates.
     """
-    def embed(texts):           # (n, d): the mean input embedding of the tokens of each text, at length 1
+    def embed(texts):           # (n, d): the mean input embedding of each text's tokens, scaled to length 1
         ids = [tokenizer(text or "。", add_special_tokens=False).input_ids for text in texts]
         return torch.nn.functional.normalize(torch.stack([embeddings[text_ids].mean(0) for text_ids in ids])).numpy()
 
     embeddings = model.get_input_embeddings().weight.detach().float().cpu()
-    # texts of the first stage: those of the last may have other words in the places of keywords
+    # texts of the first stage, because those of the last may have other words swapped in for keywords
     train = next(path for path in (data / "raw/train.jsonl", data / "train.jsonl") if path.is_file())
     human = embed([verse(row["completion"]) for row in reward.read_rows(TASK, train, "completion")])
     metrics = {}
@@ -425,7 +425,7 @@ def self_bleu(texts: list[str]) -> float:
 
 
 def first_verses(folder: Path) -> dict[str, list[dict]]:
-    """The first sample of JUDGE_SAMPLES prompts for each policy; a hash, `item`, keeps the sheet blind and shuffled."""
+    """The first sample of JUDGE_SAMPLES prompts, by policy; a hash, `item`, keeps the sheet blind and shuffled."""
     evaluated = read_completed(folder, json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
     for policy, rows in evaluated.items():
         evaluated[policy] = [row for row in rows if row["sample"] == 1][:JUDGE_SAMPLES]
@@ -446,8 +446,8 @@ ASK_BETTER = ("下面的 A 和 B 用的是同一组关键词。整体看，哪�
 
 
 def judge_messages(*rows: dict) -> list[dict]:
-    """Chat messages that ask for the score of a verse, or for the better one of two. Only words and Chinese punctuation
-    are left of a verse, so that it can neither close its marks nor look like a verdict.
+    """Chat messages that ask for the score of a verse, or for the better of two. Everything but words and Chinese
+    punctuation is masked, so that a verse can neither close its marks nor look like a verdict.
     """
     texts = ["、".join(rows[0]["keywords"]), *(verse(row["completion"]) for row in rows)]
     material = ""
@@ -459,7 +459,7 @@ def judge_messages(*rows: dict) -> list[dict]:
 
 
 def parse_verdict(answer: str) -> float | str | None:
-    """What the JSON object that ends an answer says: a score from 1 to 10, or A, B or tie; else None."""
+    """The verdict in the JSON object that ends an answer: a score from 1 to 10, or A, B or tie; else None."""
     found = re.search(r"^\s*(?:```(?:json)?\s*)?(\{[^{}]*\})\s*(?:```\s*)?\Z", answer, re.MULTILINE)
     with contextlib.suppress(ValueError):
         verdict = json.loads(found[1]).get("verdict") if found else None
@@ -468,10 +468,10 @@ def parse_verdict(answer: str) -> float | str | None:
 
 
 def judge(folder: Path, data: Path) -> None:
-    """JUDGE: writes judge.json: mean scores of policies by API_MODEL, each against the first, scores of items. Exits
-    if too many answers are unusable, or unless human texts beat the same with shuffled lines and their keywords alone.
+    """JUDGE: writes judge.json: API_MODEL's mean score of each policy, its comparison with the first, and item scores.
+    Exits if too many answers are unusable, or unless human texts beat their shuffled lines and their bare keywords.
     """
-    def verdicts(*lists):       # on each verse of a list, or on each pair of two lists
+    def verdicts(*lists):       # on each verse of one list, or each pair from two
         jobs = [judge_messages(*rows) for rows in zip(*lists, strict=True)]
         kind = str if len(lists) == 2 else (int, float)
         answers = call_api(jobs, Path(OUT, "api.jsonl"), lambda _, answer: isinstance(parse_verdict(answer), kind))
@@ -511,13 +511,13 @@ def write_sheet(folder: Path) -> None:
     """Writes the verses of a finished evaluation to people.csv, for human scores."""
     lines = [(row["item"], " ".join(row["keywords"]), verse(row["completion"]), "")
              for rows in first_verses(folder).values() for row in rows]
-    with written_aside(folder / "people.csv") as file:
-        file.write("\ufeff")        # by which spreadsheets know UTF-8
+    with atomic_write(folder / "people.csv") as file:
+        file.write("\ufeff")        # by which spreadsheets recognise UTF-8
         csv.writer(file).writerows([("item", "keywords", "text", "score"), *sorted(lines)])
 
 
 def agreement(folder: Path, sheet: Path) -> None:
-    """HUMAN: prints for what share of the pairs of verses with different scores rules and judge agree with people."""
+    """HUMAN: prints the share of pairs of verses with different scores in which rules and judge agree with people."""
     rewards = {row["item"]: row["reward"] for rows in first_verses(folder).values() for row in rows}
     file = folder / "judge.json"
     judged = json.loads(file.read_text(encoding="utf-8"))["scores"] if file.is_file() else {}
@@ -538,20 +538,20 @@ def agreement(folder: Path, sheet: Path) -> None:
 
 
 def halve_on_oom(name: str, work, *args):
-    """work(*args), with half of the constant `name`, which it reads, as often as the GPU runs out of memory."""
+    """work(*args), retried with the constant `name`, which it reads, halved whenever the GPU runs out of memory."""
     while True:
         try:
             return work(*args)
         except torch.OutOfMemoryError:
             if globals()[name] == 1:
                 raise
-        torch.cuda.empty_cache()       # not above: there the error still holds the tensors of the failed work
+        torch.cuda.empty_cache()       # not in `except`, where the error still holds the tensors of the failed work
         globals()[name] //= 2
         tqdm.write(f"out of memory: {name}={globals()[name]} from here on")
 
 
 def end_ids(model, tokenizer) -> list[int]:
-    """Ids that end a completion: the tokenizer's and those of the generation config, of which Qwen3 has two."""
+    """Ids that end a completion: the tokenizer's, and those in the generation config, where Qwen3 has two."""
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
     return [i for i in dict.fromkeys([tokenizer.eos_token_id, *configured]) if i is not None]
@@ -560,30 +560,30 @@ def end_ids(model, tokenizer) -> list[int]:
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
     """Token ids of a prompt, in the model's chat template if it has one."""
     if tokenizer.chat_template is None:
-        ids = tokenizer(prompt + "\n").input_ids        # with the BOS of models that have one, but without an EOS
+        ids = tokenizer(prompt + "\n").input_ids        # with a BOS if the model has one, but without an EOS
         return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
-    # a template that shows today's date: the same prompt every day
+    # some templates show today's date: fix it, so that the prompt is the same every day
     template = re.sub(r"strftime_now\([^()]*\)", "'1 Jan 2025'", tokenizer.chat_template)
     text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], chat_template=template, tokenize=False,
                                          add_generation_prompt=True)
-    text = text.removesuffix("<think>\n")        # opened by some templates, but our completions open it themselves
+    text = text.removesuffix("<think>\n")        # some templates open it, but our completions open it themselves
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-# ---- answers of an API: the same in data_prep.py and eval.py --------------------------------------------------------
+# ---- answers from an API: the same in data_prep.py and eval.py ------------------------------------------------------
 
 
 def call_api(jobs: list[list[dict]], cache: Path, accept=lambda index, answer: True) -> list[str | None]:
-    """Answers to lists of chat messages, in order; None if neither of two answers suits accept(index, answer).
+    """Answers to lists of chat messages, in order; None where neither of two answers passes accept(index, answer).
 
-    Appends each answer to `cache` as soon as it arrives and never asks for it again. Exits before sending what may cost
-    more than API_MAX_COST, and at an error that the retries of the client did not fix.
+    Appends each answer to `cache` as it arrives and never asks for it again. Exits before sending calls that may
+    cost more than API_MAX_COST, and on an error that the client's retries did not fix.
     """
     settings = [API_MODEL, API_TEMPERATURE, API_MAX_TOKENS]
     keys = [hashlib.sha256(json.dumps([*settings, job], sort_keys=True).encode()).hexdigest() for job in jobs]
     cached = {}
     for line in cache.read_text(encoding="utf-8", errors="replace").split("\n") if cache.is_file() else ():
-        with contextlib.suppress(ValueError, TypeError, KeyError):      # damaged or half a line
+        with contextlib.suppress(ValueError, TypeError, KeyError):      # a damaged or half-written line
             row = json.loads(line)
             cached[row["key"]] = row["answer"]
     answers = {key: cached[key] for index, key in enumerate(keys) if key in cached and accept(index, cached[key])}
@@ -608,11 +608,11 @@ def call_api(jobs: list[list[dict]], cache: Path, accept=lambda index, answer: T
         if spent > API_MAX_COST:
             sys.exit(f"{spent:.4f} is above API_MAX_COST={API_MAX_COST}: raise it, or ask for less")
         if not secret:
-            sys.exit("set the environment variable API_KEY, and API_BASE for another service than DeepSeek's")
+            sys.exit("set the environment variable API_KEY, and API_BASE for a service other than DeepSeek's")
         client = openai.OpenAI(base_url=os.environ.get("API_BASE", "https://api.deepseek.com/v1"), api_key=secret,
                                timeout=API_TIMEOUT, max_retries=API_RETRIES)
         with ThreadPool(API_THREADS) as pool, open(cache, "a", encoding="utf-8", errors="replace") as file:
-            file.write("\n")        # after the half line that a kill may leave
+            file.write("\n")        # ends the half line that a kill may have left
             try:
                 for key, answer in tqdm(pool.imap_unordered(ask, todo), total=len(todo), unit="call"):
                     if answer:
@@ -620,7 +620,7 @@ def call_api(jobs: list[list[dict]], cache: Path, accept=lambda index, answer: T
                         print(json.dumps({"key": key, "answer": answer}, ensure_ascii=False), file=file, flush=True)
             except (openai.OpenAIError, ValueError, TypeError, IndexError, AttributeError) as error:
                 reason = " ".join(f"{type(error).__name__}: {error}".replace(secret, "***").split())[:400]
-                sys.exit(f"{API_MODEL} does not answer, rerun to ask only for what is missing: {reason}")
+                sys.exit(f"{API_MODEL} failed, rerun to ask only for what is missing: {reason}")
     return [answers.get(key) for key in keys]
 
 
@@ -630,9 +630,9 @@ def call_api(jobs: list[list[dict]], cache: Path, accept=lambda index, answer: T
 def configure(argv: list[str]) -> dict:
     """Sets constants of this script and reward.py from NAME=value or --name=value, and returns all of them.
 
-    The top of each file runs again, line by line, with these values put back after each line: what depends on a changed
-    constant follows it. Exits if no script has the name. Constants of other scripts are ignored, because make passes
-    every one to every script.
+    The top of each file is run again, statement by statement, with these values reapplied after each one, so constants
+    that depend on a changed one follow it. Exits if no script has the name. Constants of other scripts are ignored,
+    because make passes every constant to every script.
     """
     own = Path(__file__)
     given = {name.lstrip("-").upper(): value for name, _, value in (word.partition("=") for word in argv)}
@@ -656,10 +656,10 @@ def configure(argv: list[str]) -> dict:
 
 
 def open_run(folder: Path, constants: dict, inputs: dict) -> Path:
-    """Opens the folder of a run: the same run goes on, a different one is first renamed to NAME.1, NAME.2, ...
+    """Opens the folder of a run, new or resumed; a different run in its place is first renamed to NAME.1, NAME.2, ...
 
-    The same run has the same inputs and constants, except for those in `free`. Exits if it is complete or in use.
-    Returns the folder without links, so that a link to another disk stays one.
+    A run is the same if its inputs and constants are, except for those in `free`. Exits if it is complete or in use.
+    Returns the folder with links resolved, so that a link to another disk survives the renaming.
     """
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -667,7 +667,7 @@ def open_run(folder: Path, constants: dict, inputs: dict) -> Path:
     try:
         fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        sys.exit(f"{folder} is in use by another process, set OUT= to another folder: {error}")
+        sys.exit(f"{folder} is in use by another process: set OUT= to another folder ({error})")
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}
     run = json.loads(json.dumps({"constants": constants, "inputs": inputs, "versions": versions}))
     if (folder / "run.json").is_file():
@@ -692,8 +692,8 @@ def open_run(folder: Path, constants: dict, inputs: dict) -> Path:
 
 
 @contextlib.contextmanager
-def written_aside(path: Path, mode: str = "w"):
-    """A file that gets its name once it is complete and on the disk, so that it is never half written."""
+def atomic_write(path: Path, mode: str = "w"):
+    """A file that gets its name only once it is complete and on disk, so that it is never half-written."""
     aside = path.with_name(path.name + ".tmp")
     with open(aside, mode, encoding=None if "b" in mode else "utf-8") as file:
         yield file
@@ -703,7 +703,7 @@ def written_aside(path: Path, mode: str = "w"):
 
 
 def write_json(path: Path, value) -> None:
-    with written_aside(path) as file:
+    with atomic_write(path) as file:
         json.dump(value, file, indent=1, ensure_ascii=False)
 
 

@@ -1,4 +1,4 @@
-"""The tasks: prompts, parser and rewards, for all scripts. `python -m doctest reward.py` checks this example:
+"""The tasks: prompts, parsing and rewards, for all scripts. `python -m doctest reward.py` checks this example:
 
 >>> completion = '''<think>
 ... 4 10 6 5 | 10 + 4 = 14
@@ -11,12 +11,12 @@
 >>> row = {"numbers": [4, 5, 6, 10]}
 >>> round(score("game24", completion, row)["reward"], 4)  # 0.55 * 1 + 0.30 * 4/4 + 0.15 / (1 + exp(0.2 * (5 - 24)))
 0.9967
->>> round(score("game24", completion.replace("+ 4 <", "+ 5 <"), row)["reward"], 4)     # 5 twice: the steps alone
+>>> round(score("game24", completion.replace("+ 4 <", "+ 5 <"), row)["reward"], 4)     # 5 used twice: only steps earn
 0.3
 
-A line of reasoning is a step, `state | a op b = c` (the state may be left out), or, once a step has made the target, an
-expression of that value with more numbers than the one before. Lyrics, `<think>plan</think>《title》/line/line`, earn a
-product of gates times a weighted sum of parts, so that no part makes up for text that is not verse.
+A line of reasoning is a step, `state | a op b = c` (the state is optional), or, once a step has made the target, an
+expression equal to it with more numbers than the one before. Lyrics, `<think>plan</think>《title》/line/line`, earn a
+product of gates times a weighted sum of parts, so no part can make up for text that is not verse.
 """
 
 import ast
@@ -34,43 +34,43 @@ from functools import cache
 from itertools import accumulate, chain, pairwise, permutations
 from pathlib import Path
 
-TARGET = 24                  # of game24: what the numbers of new data and of typed hands have to make
-# game24: the total is the weighted sum of three parts (report on the 24-point game)
+TARGET = 24                  # game24: what hands in new data and typed hands must make
+# game24: the reward is the weighted sum of three parts (report on the 24-point game)
 OUTCOME_WEIGHT = 0.55
 PROCESS_WEIGHT = 0.30
 LENGTH_WEIGHT = 0.15
-WELL_FORMED = 0.35           # outcome of an expression over exactly the four numbers with another value
+WELL_FORMED = 0.35           # outcome of an answer that uses exactly the four numbers but misses the target
 LENGTH_NEEDS_CORRECT = 1     # 1: only right answers earn the length reward; 0: every well-formed one does
-MIN_STEPS = 3                # least divisor of the process reward: a solution has three steps
-MAX_EXPRESSION_CHARS = 200   # longer expressions and steps are refused, which bounds the time of any input
+MIN_STEPS = 3                # smallest divisor of the process reward: a solution takes three steps
+MAX_EXPRESSION_CHARS = 200   # longer expressions and steps are rejected, which bounds the parsing time
 MAX_EXPRESSION_DEPTH = 20    # nested brackets
-MAX_LINES = 200              # lines that are read; each further line of reasoning counts as wrong
+MAX_LINES = 200              # lines that are read; any further line of reasoning counts as wrong
 # lyrics: the weights sum to 1
 FORMAT_WEIGHT = 0.25         # one think pair, title, lines
-WINDOW_WEIGHT = 0.15         # number and length of the lines, and length of the thought, as in the training texts
-COVERAGE_WEIGHT = 0.30       # keywords in lines that say something about them
+WINDOW_WEIGHT = 0.15         # number and length of lines, and length of the thought, in the range of the training texts
+COVERAGE_WEIGHT = 0.30       # keywords used in lines that say something about them
 RHYME_WEIGHT = 0.20
-PARALLEL_WEIGHT = 0.10       # lines as long as a neighbour
-RHYME_GOAL = 0.7             # share of rhyming lines that earns everything: ABCB has 0.5, couplets have 1
+PARALLEL_WEIGHT = 0.10       # lines as long as an adjacent one
+RHYME_GOAL = 0.7             # share of rhyming lines that earns full marks: ABCB has 0.5, couplets have 1
 MAX_KEYWORDS_IN_LINE = 2     # a line with more is a list of keywords ...
 MIN_OTHER_HAN = 3            # ... and one with fewer other characters says nothing about them
-LINE_HAN = 5                 # a shorter line of a training text is anyone's: it does not count as copied
-PRIOR = 4.0                  # pseudo-count of the bigram probabilities
-UNSEEN = -3.0                # highest fluency of a pair that no training text has, so that rare characters do not pass
-FREE = "随意写一首"           # the prompt without keywords
+LINE_HAN = 5                 # a line with fewer characters is too common to count as copied from a training text
+PRIOR = 4.0                  # pseudo-count for the bigram probabilities
+UNSEEN = -3.0                # cap on the fluency of a pair in no training text, so that rare characters do not pass
+FREE = "随意写一首"           # the prompt if there are no keywords
 
 
 def parse_expression(text: str, target: int = 24) -> tuple[Fraction, list[int]]:
-    """Value of an expression of whole numbers, + - * / and brackets, and its numbers in order; `= target` may follow.
+    """Value of an expression of whole numbers, + - * / and brackets, and its numbers in order; may end in `= target`.
 
-    × ÷ − and full-width signs are read too. Raises ValueError for leading zeros, unary minus, powers and anything else.
+    Also reads × ÷ − and full-width signs. Raises ValueError for leading zeros, unary minus, powers and anything else.
     """
     if len(text) > MAX_EXPRESSION_CHARS:
-        raise ValueError(f"expression of {len(text)} characters, at most {MAX_EXPRESSION_CHARS} are read")
+        raise ValueError(f"expression of {len(text)} characters: at most {MAX_EXPRESSION_CHARS} are allowed")
     text = re.sub(r"\s+", " ", text.translate(other_signs)).strip()
     text = re.sub(f" ?= ?{target}$", "", text)
     if not re.fullmatch("[-+*/() 0-9]+", text) or re.search(r"\b0[0-9]", text):
-        raise ValueError(f"whole numbers, + - * / and brackets expected, not {text!r}")
+        raise ValueError(f"expected whole numbers, + - * / and brackets, not {text!r}")
     if max(accumulate((sign == "(") - (sign == ")") for sign in text)) > MAX_EXPRESSION_DEPTH:
         raise ValueError(f"more than {MAX_EXPRESSION_DEPTH} nested brackets in {text!r}")
     numbers = []
@@ -79,7 +79,7 @@ def parse_expression(text: str, target: int = 24) -> tuple[Fraction, list[int]]:
         if isinstance(node, ast.Constant):
             numbers.append(node.value)
             return Fraction(node.value)
-        if isinstance(node, ast.BinOp) and type(node.op) in signs:      # ** and // are others
+        if isinstance(node, ast.BinOp) and type(node.op) in signs:      # not ** or //
             return operations[signs[type(node.op)]](value(node.left), value(node.right))
         raise ValueError(f"{type(node).__name__} in {text!r}")
 
@@ -103,7 +103,7 @@ def hand_row(numbers: list) -> dict:
 
 
 def hand_prompt(row: dict) -> str:
-    """The prompt for a row of game24. Raises ValueError unless its numbers are four, and they and a target positive."""
+    """The prompt for a game24 row. Raises ValueError unless its four numbers and any target are positive integers."""
     numbers, target = row.get("numbers"), row.get("target", 24)
     four = isinstance(numbers, (list, tuple)) and len(numbers) == 4
     if not four or any(type(number) is not int or number < 1 for number in [*numbers, target]):
@@ -131,20 +131,20 @@ def length_reward(lines: int, threshold: int = 4, midpoint: int = 20, steepness:
 
 
 def split_thought(completion: str) -> tuple[str, str, str, bool]:
-    """What is before the reasoning, the reasoning, what follows it, and if it has an end. A template may open it."""
+    """What precedes the reasoning, the reasoning, what follows, and whether it is closed. A template may open it."""
     before, opened, body = completion.partition("<think>")
     thought, closed, rest = (body if opened else completion).partition("</think>")
     return before + opened if opened else "", thought, rest, bool(closed)
 
 
 def judge_lines(lines: list[str], numbers: list[int], target: int) -> list[tuple[str, tuple[str, ...]]]:
-    """Verdict on each line of reasoning, and the state (numbers as texts) that it reaches.
+    """Verdict on each line of reasoning, and the state (numbers as strings) that it reaches.
 
-    right: a step whose arithmetic holds, with operands in a state reached before: the numbers, or what a right step
-    made of such a state; without a state in the line, the latest that has the operands. repeated: the same step again.
-    composing: once a step has made the target, an expression of that value with more numbers than the one before.
+    right: correct arithmetic on operands of a state reached before, which is the given numbers or the result of a right
+    step; if the line names no state, the latest one with these operands counts. repeated: the same step again.
+    composing: once a step has made the target, an expression equal to it with more numbers than the one before.
     """
-    states = {tuple(sorted(map(str, numbers))): None}     # a dict keeps them in the order in which they were reached
+    states = {tuple(sorted(map(str, numbers))): None}     # a dict, to keep the order in which they were reached
     right_steps, composed, verdicts = set(), 1, []
     for line in lines[:MAX_LINES]:
         verdicts.append(("wrong", ()))
@@ -203,10 +203,10 @@ def score_game24(completion: str, row: dict, truncated: bool) -> dict[str, float
 
 
 def game24_line_rewards(completion: str, row: dict) -> list[float]:
-    """Reward of each line of a completion, NaN if it is not a line of reasoning.
+    """Reward for each line of a completion; NaN if it is not a line of reasoning.
 
     1: a right step after which the target can still be made, or a composing line; 0: a right step into a dead end;
-    -1: a wrong or repeated one.
+    -1: a wrong or repeated line.
     """
     numbers, target = row["numbers"], row.get("target", 24)
     before, thought, _, _ = split_thought(completion)
@@ -221,11 +221,11 @@ def game24_line_rewards(completion: str, row: dict) -> list[float]:
 
 han_range = "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"  # Chinese characters
 HAN = re.compile(f"[{han_range}]+")
-table = {}      # what use_data loads: rhymes, bigrams, known lines and usual lengths of the training texts
+table = {}      # filled by use_data: rhymes, bigrams, known lines and typical lengths of the training texts
 
 
 def use_data(task: str, folder: Path) -> None:
-    """Loads what the reward of a task takes from its data folder: for lyrics table.json."""
+    """Loads what a task's reward needs from its data folder: table.json for lyrics, nothing for other tasks."""
     if task != "lyrics":
         return
     loaded = json.loads(Path(folder, "table.json").read_text(encoding="utf-8"))
@@ -236,7 +236,7 @@ def use_data(task: str, folder: Path) -> None:
 
 
 def keywords_prompt(row: dict) -> str:
-    """The prompt for a row of lyrics. Raises ValueError unless its keywords are at most ten Chinese words, or none."""
+    """The prompt for a lyrics row. Raises ValueError unless its keywords are a list of zero to ten Chinese words."""
     words = row.get("keywords")
     listed = isinstance(words, (list, tuple)) and len(words) <= 10
     if not listed or not all(isinstance(word, str) and HAN.search(word) for word in words):
@@ -249,7 +249,7 @@ def han(text: str) -> str:
 
 
 def split_verse(completion: str) -> tuple[str, str, list[str], float]:
-    """Thought, title, lines, and how much of the form is kept: 1/2 for the think pair, 1/4 each for title and lines."""
+    """Thought, title, lines, and a score for the form: 1/2 for the think pair, 1/4 each for title and lines."""
     before, thought, rest, closed = split_thought(completion)
     if not closed:
         thought, rest = "", completion
@@ -268,7 +268,7 @@ def parallel_share(lines: list[str]) -> float:
 
 
 def rhyme_share(lines: list[str]) -> float:
-    """Share of the lines whose last character rhymes with another one at the end of a line at most two away."""
+    """Share of the lines whose last character rhymes with a different one that ends a line at most two away."""
     ends, rhyming = [line[-1] for line in lines], set()
     for distance in (1, 2):
         for i, (a, b) in enumerate(zip(ends, ends[distance:])):
@@ -279,7 +279,7 @@ def rhyme_share(lines: list[str]) -> float:
 
 
 def fluency(lines: list[str]) -> float:
-    """Mean log of how much likelier a character is after the one before it than anywhere, by the training texts."""
+    """Mean log of P(character | the one before it) / P(character), as estimated from the training texts."""
     characters, bigrams, gains = table["characters"], table["bigrams"], []
     for a, b in chain.from_iterable(map(pairwise, lines)):
         anywhere = (characters.get(b, 0) + 0.5) / table["total"]
@@ -289,13 +289,13 @@ def fluency(lines: list[str]) -> float:
 
 
 def pair_share(lines: list[str]) -> float:
-    """Share of different pairs of neighbouring characters in all different lines: low for babble (打打翻打打翻)."""
+    """Share of distinct pairs among pairs of adjacent characters in distinct lines: low for babble (打打翻打打翻)."""
     pairs = [pair for line in dict.fromkeys(lines) for pair in pairwise(line)]
     return len(set(pairs)) / max(1, len(pairs))
 
 
 def line_code(line: str) -> int:
-    """Hash of the characters of a line, as the known lines are stored."""
+    """Hash of a line's Chinese characters; known lines are stored as these hashes."""
     return zlib.crc32(han(line).encode())
 
 
@@ -304,9 +304,9 @@ def without_keywords(line: str, row: dict) -> str:
 
 
 def repeated_lines(rows: list[dict], completions: list[str]) -> set[str]:
-    """Lines of lyrics, without their keywords, in completions for several prompts: the template of a lazy policy.
+    """Lines, stripped of their keywords, that occur in completions for several prompts: the template of a lazy policy.
 
-    `score` counts those in row["repeated_lines"] as copied.
+    `score` counts the lines in row["repeated_lines"] as copied.
     """
     prompts = defaultdict(set)
     for row, completion in zip(rows, completions):
@@ -321,7 +321,7 @@ def between(value: float, zero: float, one: float) -> float:
 
 
 def keyword_coverage(lines: list[str], keywords: list[str]) -> float:
-    """Share of the keywords in lines that say more; 0 if a line lists keywords."""
+    """Share of the keywords that occur in lines with enough other text; 0 if a line merely lists keywords."""
     covered = set()
     for line in lines:
         present = [word for word in keywords if word in line]
@@ -335,14 +335,14 @@ def keyword_coverage(lines: list[str], keywords: list[str]) -> float:
 
 def score_lyrics(completion: str, row: dict, truncated: bool) -> dict[str, float]:
     if not table:
-        raise ValueError("call reward.use_data('lyrics', folder) first: the reward needs table.json of the data")
+        raise ValueError("call reward.use_data('lyrics', folder) first: the reward needs the data folder's table.json")
     thought, _, lines, form = split_verse(completion)
     texts = [line for line in map(han, lines) if line]
     distinct = list(dict.fromkeys(texts))
     count, characters, planned = len(texts), len("".join(texts)), len(han(thought))
 
     def window(name: str, value: float) -> float:
-        low, high = table[name]     # of most training texts
+        low, high = table[name]     # the range of most training texts
         return between(value, low / 2, low) * between(value, 2 * high, high)
 
     shortest, longest = table["thought_chars"]
@@ -378,14 +378,14 @@ def score_lyrics(completion: str, row: dict, truncated: bool) -> dict[str, float
             "lines": float(count), "rhyming": rhyming, "copied": copied}
 
 
-# of a task: what refuses an unusable row, here by its prompt, and what scores a completion
+# for each task: what rejects an unusable row (here the function that makes its prompt), and what scores a completion
 TASKS = {"game24": (hand_prompt, score_game24), "lyrics": (keywords_prompt, score_lyrics)}
-# of tasks that have one: what rewards each line of a completion (CREDIT=steps of grpo.py)
+# for tasks that have it: what rewards each line of a completion (CREDIT=steps in grpo.py)
 LINE_REWARDS = {"game24": game24_line_rewards}
 
 
 def prompt(task: str, row: dict) -> str:
-    """The prompt for a row. Raises ValueError, with the reason, on a row that cannot be scored."""
+    """The prompt for a row. Raises ValueError with the reason if the row cannot be scored."""
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object, not {type(row).__name__}")
     return TASKS[task][0](row)
@@ -394,7 +394,7 @@ def prompt(task: str, row: dict) -> str:
 def score(task: str, completion: str, row: dict, truncated: bool = False) -> dict[str, float] | None:
     """Reward of a completion, its parts in [0, 1], and facts: `correct` and `answered` (0/1), counts, shares of lines.
 
-    None if the row is unusable. No completion raises; an unknown task and lyrics before use_data do.
+    None if the row is unusable. No completion makes it raise; an unknown task, or lyrics before use_data, does.
     """
     try:
         prompt(task, row)
@@ -404,7 +404,7 @@ def score(task: str, completion: str, row: dict, truncated: bool = False) -> dic
 
 
 def identity(task: str, row: dict) -> tuple:
-    """What train and test must not share: the numbers or keywords in any order, a free text, or else the prompt."""
+    """What train and test must not share: numbers or keywords in any order, the text if no keywords, or the prompt."""
     if task == "game24":
         return (*sorted(row["numbers"]), row.get("target", 24))
     if task == "lyrics":
@@ -424,7 +424,7 @@ def question(task: str, text: str) -> dict:
 
 
 def plain_row(row: dict) -> dict:
-    """A row of a Dataset or pandas: arrays become lists, a target of 24.0 is 24, and None or NaN is no target."""
+    """A Dataset or pandas row in plain types: arrays become lists, target 24.0 becomes 24, None or NaN is dropped."""
     row = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
     target = row.pop("target", None)
     if isinstance(target, float) and target.is_integer():
@@ -439,33 +439,33 @@ def trl_rewards(task: str, completions: list, rows: list[dict]) -> list[float | 
 
 
 def game24(prompts, completions, numbers, target=None, **kwargs) -> list[float | None]:
-    """TRL `reward_funcs`: one reward a completion, None for an unusable row; `numbers` and `target` are columns."""
+    """TRL `reward_funcs`: one reward per completion, None for an unusable row; `numbers` and `target` are columns."""
     targets = [None] * len(completions) if target is None else target
     rows = [{"numbers": hand, "target": goal} for hand, goal in zip(numbers, targets, strict=True)]
     return trl_rewards("game24", completions, rows)
 
 
 def lyrics(prompts, completions, keywords, **kwargs) -> list[float | None]:
-    """TRL `reward_funcs` like game24, after use_data; `keywords` is a column."""
+    """TRL `reward_funcs`, like game24, but call use_data first; `keywords` is a column."""
     return trl_rewards("lyrics", completions, [{"keywords": words} for words in keywords])
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None) -> dict[str, float]:
-    """verl custom reward: "score" is the reward, "acc" is `correct` or, for lyrics, the reward; then the parts.
+    """Custom reward for verl: "score" is the reward, "acc" is `correct` or, for lyrics, the reward; then the parts.
 
-    `data_source` is the task; `ground_truth` is a row, or its numbers or keywords, or JSON. ValueError if unusable.
+    `data_source` is the task; `ground_truth` is a row, its numbers or keywords, or JSON of it. ValueError if unusable.
     """
     truth = json.loads(ground_truth) if isinstance(ground_truth, str) else ground_truth
     row = truth if isinstance(truth, dict) else {"keywords" if data_source == "lyrics" else "numbers": truth}
     parts = score(data_source, solution_str, plain_row(row))
     if parts is None:
-        raise ValueError(f"ground_truth must be four positive integers, or for lyrics keywords, not {ground_truth!r}")
+        raise ValueError(f"ground_truth must be four positive integers, or keywords for lyrics, not {ground_truth!r}")
     total = parts.pop("reward")
     return {"score": total, "acc": total if data_source == "lyrics" else parts["correct"], **parts}
 
 
 def read_rows(task: str, path: Path, *needs: str) -> list[dict]:
-    """Rows of a jsonl file, each with the named text fields. Exits with file, line and reason at a bad one."""
+    """Rows of a jsonl file, which must have the named text fields. Exits with file, line and reason at a bad one."""
     if not path.is_file():
         sys.exit(f"{path} is missing: run `make data`, or set DATA= to a folder that has it")
     rows = []
@@ -477,7 +477,7 @@ def read_rows(task: str, path: Path, *needs: str) -> list[dict]:
             prompt(task, row)
             for name in needs:
                 if not isinstance(row.get(name), str) or not row[name]:
-                    raise ValueError(f"{name!r} must be a text, not {row.get(name)!r}")
+                    raise ValueError(f"{name!r} must be a non-empty string, not {row.get(name)!r}")
         except ValueError as error:
             sys.exit(f"{path}:{number}: {error}")
         rows.append(row)
@@ -485,16 +485,16 @@ def read_rows(task: str, path: Path, *needs: str) -> list[dict]:
 
 
 def read_hands(path: Path) -> list[tuple[int, ...]]:
-    """Sorted hands of a file: lines of four numbers, or a csv with columns n1..n4 or a..d or with cells like 4 5 6 10.
+    """Hands of a file, each sorted: lines of four numbers, or a csv with columns n1..n4 or a..d or cells like 4 5 6 10.
 
-    Exits with the line that has something else.
+    Exits, naming the first line with anything else.
     """
     hands, columns, four_numbers = [], [], re.compile(r"\s*[1-9][0-9]*(\s+[1-9][0-9]*){3}\s*")
     for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
         cells = next(csv.reader([line]), [])
         if number == 1:
             columns = [i for i, name in enumerate(cells) if re.fullmatch(r"\s*([A-Za-z]+_?[1-4]|[A-Da-d])\s*", name)]
-            if len(columns) == 4 or re.search(r"[^\W\d]{3}", line):       # a heading
+            if len(columns) == 4 or re.search(r"[^\W\d]{3}", line):       # a header
                 continue
         if len(columns) == 4:
             cells = [cells[i] for i in columns if i < len(cells)]
@@ -507,9 +507,9 @@ def read_hands(path: Path) -> list[tuple[int, ...]]:
 
 
 def refuse_overlap(task: str, train: list[dict], held_out: list[dict], path: Path) -> None:
-    """Exits if rows of a file that is measured on are trained on."""
+    """Exits if any held-out row, from the file at `path`, is also in the training data."""
     trained_on = {identity(task, row) for row in train}
     shared = [row["prompt"] for row in held_out if identity(task, row) in trained_on]
     if shared:
-        sys.exit(f"{len(shared)} of {len(held_out)} rows of {path} are in train.jsonl too, such as {shared[0]!r}: "
+        sys.exit(f"{len(shared)} of {len(held_out)} rows of {path} are also in train.jsonl, such as {shared[0]!r}: "
                  "results on them would be meaningless. Make data that holds them out (hands: `make train HOLDOUT=`)")

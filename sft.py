@@ -1,12 +1,12 @@
-"""Supervised fine-tuning: teaches a model to write completions like those of the data, the starting point of GRPO.
+"""Supervised fine-tuning: teaches a model to write completions like those in the data, the starting point for GRPO.
 
     python sft.py                                           # MODEL=tiny on a CPU, Qwen2.5-1.5B with QLoRA on a GPU
     python sft.py --model=Qwen/Qwen2.5-0.5B --load_4bit=0
 
-MODEL=tiny is a Llama of 0.8 million parameters, trained from scratch on words, for machines without a GPU or a model
-hub: 12 CPU minutes. Any other MODEL is a causal LM of Hugging Face, by name or by folder. The loss is
-that of the completion alone, its end-of-sequence token included. Differs from the usual trainer in two ways: right
-padding needs no attention mask under causal attention, and only completion tokens reach the output layer, so that the
+MODEL=tiny is a word-level Llama with 0.8 million parameters, trained from scratch in 12 CPU minutes, for machines
+without a GPU or a model hub. Any other MODEL is a Hugging Face causal LM, by name or folder. The loss covers only the
+completion, including its end-of-sequence token. Differs from the usual trainer in two ways: batches are padded on the
+right, which needs no attention mask under causal attention, and only completion tokens reach the output layer, so the
 logits of a vocabulary of 152,000 never fill the memory.
 """
 
@@ -45,9 +45,9 @@ MODEL = "Qwen/Qwen2.5-1.5B-Instruct" if DEVICE == "cuda" else "tiny"     # tiny,
 TINY = MODEL == "tiny"
 LYRICS = TASK == "lyrics"
 OUT = f"runs/{TASK}"         # root of the run: this script writes OUT/sft
-DATA = f"{OUT}/data"         # folder of train.jsonl and val.jsonl
-INIT_FROM = MODEL            # policy folder of an earlier stage, to go on from
-VOCABULARY = ""              # jsonl of a later stage, whose words a new tiny model has to know too
+DATA = f"{OUT}/data"         # folder with train.jsonl and val.jsonl
+INIT_FROM = MODEL            # policy to start from: MODEL, or the folder of an earlier stage
+VOCABULARY = ""              # jsonl of a later stage whose words a new tiny model must also know
 SEED = 0
 THREADS = torch.get_num_threads()
 # Model
@@ -58,34 +58,34 @@ BF16 = int(torch.cuda.is_bf16_supported(False) if DEVICE == "cuda" else torch.op
 GRADIENT_CHECKPOINTING = 0 if TINY else 1        # recompute activations: less memory, a third more time
 # Training
 SFT_STEPS = (1600 if LYRICS else 3600) if TINY else 600      # optimizer steps, ...
-MAX_EPOCHS = 4 if LYRICS else 0        # ... or fewer: at most so many passes over the data; 0: no limit
-SFT_LR = 3e-3 if TINY else 2e-4        # peak; for LoRA about ten times that of training all weights
-MUON_LR = 3e-3 if TINY else 0.0        # of the matrices by Muon, for training from scratch; 0: AdamW trains everything
-SFT_WARMUP = 0.05                      # share of the steps with a rising learning rate, then a cosine to ...
+MAX_EPOCHS = 4 if LYRICS else 0        # ... or fewer: at most this many passes over the data; 0: no limit
+SFT_LR = 3e-3 if TINY else 2e-4        # peak; LoRA takes about ten times the rate for all weights
+MUON_LR = 3e-3 if TINY else 0.0        # peak of Muon, for matrices trained from scratch; 0: AdamW trains everything
+SFT_WARMUP = 0.05                      # share of the steps in which the learning rate rises; then a cosine down to ...
 SFT_MIN_LR = 0.05                      # ... this share of the peak
 SFT_WEIGHT_DECAY = 0.05 if TINY else 0.0
-GRAD_CLIP = 1.0                        # norm of the gradient
-BATCH_TOKENS = 2048 if TINY else 16384 # tokens of an optimizer step, padding included
-MICRO_BATCH_TOKENS = 4096              # tokens of a forward pass: changes memory and speed, not the result
-MAX_TOKENS = 1536                      # longer samples are left out, and counted
-HEAD_CHUNK = 2048 if TINY else 512     # completion tokens whose logits exist at a time
+GRAD_CLIP = 1.0                        # maximum norm of the gradient
+BATCH_TOKENS = 2048 if TINY else 16384 # tokens per optimizer step, padding included
+MICRO_BATCH_TOKENS = 4096              # tokens per forward pass: affects memory and speed, not the result
+MAX_TOKENS = 1536                      # longer samples are left out and counted
+HEAD_CHUNK = 2048 if TINY else 512     # completion tokens whose logits are in memory at a time
 # Evaluation and saving
-SFT_EVAL_EVERY = (1600 if LYRICS else 1200) if TINY else 200      # steps between losses on val; the best is kept
-SAVE_EVERY = 100 if TINY else 20       # steps between checkpoints: what a crash costs at most
+SFT_EVAL_EVERY = (1600 if LYRICS else 1200) if TINY else 200      # steps between val losses; the best policy is kept
+SAVE_EVERY = 100 if TINY else 20       # steps between checkpoints: the most a crash can cost
 # The shape of MODEL=tiny
-TINY_WIDTH = 128                       # hidden size; the MLP has three times as many units
+TINY_WIDTH = 128                       # hidden size; the MLP is three times as wide
 TINY_LAYERS = 4
-TINY_HEADS = 4                         # of queries; half as many of keys and values
+TINY_HEADS = 4                         # query heads; half as many key-value heads
 
 free = {"OUT", "DATA", "VOCABULARY", "THREADS", "MICRO_BATCH_TOKENS", "HEAD_CHUNK", "GRADIENT_CHECKPOINTING",
-        "SAVE_EVERY", *filter(str.isupper, vars(reward))}     # a run goes on if these differ: they change no result
+        "SAVE_EVERY", *filter(str.isupper, vars(reward))}     # may change within a run: they affect no result
 
 
 # ---- model and data -------------------------------------------------------------------------------------------------
 
 
 def new_tiny_model(texts: list[str]):
-    """An untrained Llama and a tokenizer of the words in the texts."""
+    """An untrained Llama, and a tokenizer whose vocabulary is the words in the texts."""
     tokenizer = tiny_tokenizer(texts)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=TINY_WIDTH, intermediate_size=3 * TINY_WIDTH, tie_word_embeddings=True,
@@ -96,7 +96,7 @@ def new_tiny_model(texts: list[str]):
 
 
 def tiny_tokenizer(texts: list[str]):
-    """A token is a number, an operator, a tag, a newline, or a Chinese character or mark, in the order of first use."""
+    """A token is a number, operator, tag, newline, or Chinese character or mark; ids follow the order of first use."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     word = r"\n|</?[a-z]+>|[^\s!-~]|[!-;=-~]+|<"
@@ -114,21 +114,21 @@ def tiny_tokenizer(texts: list[str]):
 
 
 def encode(tokenizer, rows: list[dict]) -> list[tuple[list[int], int]]:
-    """Samples (token ids of prompt, completion and end, length of the prompt) of at most MAX_TOKENS."""
+    """Samples (token ids of prompt, completion and EOS; length of the prompt) with at most MAX_TOKENS tokens."""
     prompts = {prompt: encode_prompt(tokenizer, prompt) for prompt in {row["prompt"] for row in rows}}
     samples = []
     for row in rows:
         completion = tokenizer(row["completion"], add_special_tokens=False).input_ids
         samples.append((prompts[row["prompt"]] + completion + [tokenizer.eos_token_id], len(prompts[row["prompt"]])))
     kept = [sample for sample in samples if len(sample[0]) <= MAX_TOKENS]
-    print(f"{len(samples) - len(kept)} of {len(samples)} samples are longer than MAX_TOKENS={MAX_TOKENS} and left out")
+    print(f"{len(samples) - len(kept)} of {len(samples)} samples exceed MAX_TOKENS={MAX_TOKENS} and are left out")
     return kept
 
 
 def epoch_batches(lengths: list[int], seed: str) -> list[list[int]]:
-    """All rows once, in batches of about equal lengths with at most BATCH_TOKENS, in random order.
+    """All rows once, in batches of similar lengths with at most BATCH_TOKENS tokens, in random order.
 
-    Lengths are sorted within pools of 4,096 rows, so that batches differ from epoch to epoch.
+    Rows are sorted by length only within random pools of 4,096, so that batches differ from epoch to epoch.
     """
     rng = random.Random(seed)
     order = rng.sample(range(len(lengths)), len(lengths))
@@ -141,7 +141,7 @@ def epoch_batches(lengths: list[int], seed: str) -> list[list[int]]:
 
 
 def make_optimizers(model) -> list:
-    """Muon for the matrices of a model that is trained from scratch, AdamW for all else, adapters among them."""
+    """Muon for the matrices of a model trained from scratch, AdamW for everything else, including adapters."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -155,9 +155,9 @@ def make_optimizers(model) -> list:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal by Newton-Schulz iterations, at a learning rate that suits AdamW (arXiv:2502.16982).
+    """Momentum orthogonalised by Newton-Schulz iterations, scaled to suit AdamW's learning rates (arXiv:2502.16982).
 
-    That of torch multiplies in bf16, which CPUs without bf16 products emulate: SFT took three times as long there.
+    torch's Muon multiplies in bf16, which CPUs without bf16 arithmetic emulate: SFT took three times as long there.
     """
 
     @torch.no_grad()
@@ -169,7 +169,7 @@ class Muon(torch.optim.Optimizer):
             update = matrix.grad.lerp(momentum, 0.95)
             wide = update if update.shape[0] <= update.shape[1] else update.T
             wide = wide / wide.norm().clamp(min=1e-7)
-            for _ in range(5):          # towards singular values of 1
+            for _ in range(5):          # drives the singular values towards 1
                 gram = wide @ wide.T
                 wide = 3.4445 * wide + (2.0315 * gram @ gram - 4.775 * gram) @ wide
             update = wide if update.shape[0] <= update.shape[1] else wide.T
@@ -178,7 +178,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Share of the peak at a step counted from 1: linear warm-up, then a cosine down to SFT_MIN_LR."""
+    """Share of the peak at a step, counted from 1: linear warm-up, then a cosine down to SFT_MIN_LR."""
     warmup = max(1, round(SFT_WARMUP * steps))
     if step <= warmup:
         return step / warmup
@@ -187,7 +187,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def mean_loss(model, samples: list[tuple[list[int], int]]) -> float:
-    """Mean loss over the completion tokens; sets its gradient if gradients are enabled."""
+    """Mean loss over the completion tokens; also computes its gradient if gradients are enabled."""
     model.zero_grad()
     count = sum(len(ids) - prompt_length for ids, prompt_length in samples)
     total = 0.0
@@ -232,12 +232,12 @@ def main() -> None:
         steps = min(steps, MAX_EPOCHS * len(epoch_batches(lengths, f"{SEED} 0")))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizers = make_optimizers(model)
-    print(f"{sum(p.numel() for p in parameters):,} of {model.num_parameters():,} parameters train, for {steps} steps")
+    print(f"{sum(p.numel() for p in parameters):,} of {model.num_parameters():,} parameters train for {steps} steps")
     run = {"step": 0, "tokens": 0, "seconds": 0.0, "best_step": 0, "best_val_loss": math.inf, "skipped": 0}
     load_checkpoint(folder, run, parameters, optimizers)
     writer = SummaryWriter(folder / "tensorboard", purge_step=run["step"] + 1)
     began = time.time() - run["seconds"]
-    # the position in the data is the step, so a resumed run skips the batches before it
+    # each step takes one batch, so a resumed run skips those of the steps before it
     epochs = (epoch_batches(lengths, f"{SEED} {epoch}") for epoch in itertools.count())
     batches = itertools.islice(itertools.chain.from_iterable(epochs), run["step"], None)
     model.train()
@@ -248,7 +248,7 @@ def main() -> None:
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, GRAD_CLIP).item()
         for optimizer, peak in zip(optimizers, (SFT_LR, MUON_LR)):
             optimizer.param_groups[0]["lr"] = peak * learning_rate(step, steps)
-            if math.isfinite(grad_norm):        # a NaN would stay in the moments of Adam for good
+            if math.isfinite(grad_norm):        # a NaN would stay in Adam's moments for good
                 optimizer.step()
         run["skipped"] += not math.isfinite(grad_norm)
         tokens = run["tokens"] + sum(len(ids) for ids, _ in batch)
@@ -257,12 +257,12 @@ def main() -> None:
                "skipped": run["skipped"], "tokens": run["tokens"], "tokens_per_s": run["tokens"] / run["seconds"],
                "seconds": run["seconds"], "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
         if step % SFT_EVAL_EVERY == 0 or step == steps:
-            with torch.no_grad():        # without completions in val the last policy is the best
+            with torch.no_grad():        # if val has no completions, the last policy counts as best
                 log["val_loss"] = mean_loss(model, val_samples) if val_samples else 0.0
             tqdm.write("  ".join(f"{name} {value:.5g}" for name, value in log.items()))
             if log["val_loss"] <= run["best_val_loss"]:
                 run |= {"best_step": step, "best_val_loss": log["val_loss"]}
-                with written_aside(folder / "best.pt", "wb") as file:
+                with atomic_write(folder / "best.pt", "wb") as file:
                     torch.save([each.data for each in parameters], file)
         with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(log) + "\n")
@@ -282,10 +282,10 @@ def main() -> None:
 
 
 def completion_logprobs(model, input_ids, loss_mask, temperature: float = 1.0, entropy_has_gradient: bool = False):
-    """Log-probs (B, T-1) of the tokens input_ids[:, 1:] at a temperature, 0 outside of loss_mask; entropies likewise.
+    """Log-probs (B, T-1) of the tokens input_ids[:, 1:] at a temperature, 0 outside loss_mask; entropies likewise.
 
     input_ids (B, T) is padded on the right, which needs no attention mask under causal attention. Only the positions of
-    loss_mask (B, T-1) reach the output layer, HEAD_CHUNK at a time; the backward pass makes their logits again.
+    loss_mask (B, T-1) reach the output layer, HEAD_CHUNK at a time; the backward pass recomputes their logits.
     """
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
 
@@ -309,7 +309,7 @@ def completion_logprobs(model, input_ids, loss_mask, temperature: float = 1.0, e
 def collate(samples: list[tuple[list[int], int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """input_ids (B, T), padded on the right to a multiple of 8, and loss_mask (B, T-1) of the completion tokens.
 
-    A sample is its token ids and the length of its prompt: the mask comes from lengths, never from token values.
+    A sample is (token ids, length of the prompt): the mask comes from lengths, never from token values.
     """
     lengths = torch.tensor([len(ids) for ids, _ in samples])
     prompt_lengths = torch.tensor([prompt_length for _, prompt_length in samples])
@@ -321,7 +321,7 @@ def collate(samples: list[tuple[list[int], int]]) -> tuple[torch.Tensor, torch.T
 
 
 def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Rows sorted by length, in batches of at most `budget` tokens with the padding; a longer row stands alone."""
+    """Rows sorted by length, in batches of at most `budget` tokens, padding included; a longer row is its own batch."""
     batches = [[]]
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
         if batches[-1] and math.ceil(lengths[row] / 8) * 8 * (len(batches[-1]) + 1) > budget:
@@ -331,14 +331,14 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
 
 
 def halve_on_oom(name: str, work, *args):
-    """work(*args), with half of the constant `name`, which it reads, as often as the GPU runs out of memory."""
+    """work(*args), retried with the constant `name`, which it reads, halved whenever the GPU runs out of memory."""
     while True:
         try:
             return work(*args)
         except torch.OutOfMemoryError:
             if globals()[name] == 1:
                 raise
-        torch.cuda.empty_cache()       # not above: there the error still holds the tensors of the failed work
+        torch.cuda.empty_cache()       # not in `except`, where the error still holds the tensors of the failed work
         globals()[name] //= 2
         tqdm.write(f"out of memory: {name}={globals()[name]} from here on")
 
@@ -347,14 +347,14 @@ def halve_on_oom(name: str, work, *args):
 
 
 def load_model(path: str):
-    """Model to train and tokenizer, by hub name or folder: with the LoRA adapter of the folder, else with a new one if
-    LORA_RANK > 0. Exits if the model cannot be reached or the constants are those of another kind of model.
+    """Model to train and its tokenizer, by hub name or folder: with the folder's LoRA adapter, else with a new one if
+    LORA_RANK > 0. Exits if the model cannot be loaded, or if MODEL is tiny and it is not, or the reverse.
     """
     is_adapter = Path(path, "adapter_config.json").is_file()
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                              bnb_4bit_compute_dtype=torch.bfloat16 if BF16 else torch.float32)
     try:
-        torch.zeros(1, device=DEVICE)        # before a download: raises if the driver of the GPU does not work
+        torch.zeros(1, device=DEVICE)        # before any download: raises if the GPU's driver does not work
         if not Path(path).exists() and (path.count("/") > 1 or "/" in path and Path(path).parent.is_dir()):
             raise OSError("no such folder")
         base = PeftConfig.from_pretrained(path).base_model_name_or_path if is_adapter else path
@@ -364,15 +364,15 @@ def load_model(path: str):
             dtype=torch.bfloat16 if DEVICE == "cuda" and BF16 and LORA_RANK else torch.float32,
             attn_implementation="sdpa" if DEVICE == "cuda" else "eager")     # eager trains faster on a CPU
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
-        sys.exit(f"cannot load {path!r}: {str(error).splitlines()[0]}\nMODEL is a hub name, tiny, which needs no "
-                 "download, or a folder with config.json, model.safetensors and tokenizer, such as models/smollm2 by "
-                 "`make smollm2` (tests/smollm2.py makes it of a .gguf); `make sft` makes SFT; DEVICE=cpu uses no GPU")
+        sys.exit(f"cannot load {path!r}: {str(error).splitlines()[0]}\nMODEL is tiny, which needs no download, a "
+                 "hub name, or a folder with config.json, model.safetensors and tokenizer, such as models/smollm2 from "
+                 "`make smollm2` (tests/smollm2.py converts a .gguf); `make sft` makes SFT; DEVICE=cpu uses no GPU")
     if TINY != getattr(model.config, "tiny", False):
-        sys.exit(f"MODEL={MODEL} sets the constants, but {path} is {'not ' if TINY else ''}a tiny model: set MODEL= to "
-                 "the model that it was trained from")
+        sys.exit(f"the constants are for MODEL={MODEL}, but {path} is {'not ' if TINY else ''}a tiny model: set MODEL= "
+                 "to the model that it was trained from")
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # else the first rollout repacks the 4-bit weights, for good, into a form without a gradient
+            # else the first rollout would repack the 4-bit weights, for good, into a form that has no gradient
             module.support_avx512bf16_for_cpu = False
     if is_adapter:
         model = PeftModel.from_pretrained(model, path, is_trainable=True)
@@ -387,13 +387,13 @@ def load_model(path: str):
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
     """Token ids of a prompt, in the model's chat template if it has one."""
     if tokenizer.chat_template is None:
-        ids = tokenizer(prompt + "\n").input_ids        # with the BOS of models that have one, but without an EOS
+        ids = tokenizer(prompt + "\n").input_ids        # with a BOS if the model has one, but without an EOS
         return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
-    # a template that shows today's date: the same prompt every day
+    # some templates show today's date: fix it, so that the prompt is the same every day
     template = re.sub(r"strftime_now\([^()]*\)", "'1 Jan 2025'", tokenizer.chat_template)
     text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], chat_template=template, tokenize=False,
                                          add_generation_prompt=True)
-    text = text.removesuffix("<think>\n")        # opened by some templates, but our completions open it themselves
+    text = text.removesuffix("<think>\n")        # some templates open it, but our completions open it themselves
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -401,17 +401,17 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
 
 
 def save_checkpoint(folder: Path, run: dict, parameters: list, optimizers: list) -> None:
-    """Writes step-N.pt, all that the next step needs, and keeps the one before. Random numbers follow from the step."""
+    """Writes step-N.pt, all that the next step needs, and keeps the one before. Random numbers are seeded per step."""
     state = {"run": run, "weights": [parameter.data for parameter in parameters],
              "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-    with written_aside(folder / f"step-{run['step']:06d}.pt", "wb") as file:
+    with atomic_write(folder / f"step-{run['step']:06d}.pt", "wb") as file:
         torch.save(state, file)
     for path in sorted(folder.glob("step-*.pt"))[:-2]:
         path.unlink()
 
 
 def load_checkpoint(folder: Path, run: dict, parameters: list, optimizers: list) -> None:
-    """Sets run, weights and optimizers to the newest whole checkpoint, if there is one, and cuts the logs to it."""
+    """Restores run, weights and optimizers from the newest intact checkpoint, if any, and truncates the logs to it."""
     for path in sorted(folder.glob("step-*.pt"), reverse=True):
         if state := load_tensors(path):
             print(f"resuming {folder} after step {state['run']['step']}")
@@ -422,13 +422,13 @@ def load_checkpoint(folder: Path, run: dict, parameters: list, optimizers: list)
             break
         path.unlink()
     for path in folder.glob("*.jsonl"):
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]       # without the half line that a kill may leave
-        with written_aside(path) as file:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]       # without the half line that a kill can leave
+        with atomic_write(path) as file:
             file.writelines(f"{line}\n" for line in lines if json.loads(line)["step"] <= run["step"])
 
 
 def load_tensors(path: Path):
-    """What torch.save wrote; None if it is damaged: the zip has checksums, which torch.load does not look at."""
+    """What torch.save wrote; None if it is damaged, by the zip's checksums, which torch.load does not check."""
     with contextlib.suppress(zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
         if zipfile.ZipFile(path).testzip() is None:
             return torch.load(path, map_location=DEVICE, weights_only=True)
@@ -442,9 +442,9 @@ def set_weights(parameters: list, weights: list) -> None:
 
 
 def write_policy(folder: Path, model, tokenizer, parameters: list) -> None:
-    """Writes the weights of best.pt as transformers or peft reads them: the policy that the next stage takes."""
+    """Writes the weights of best.pt in the format of transformers or peft: the policy for the next stage."""
     set_weights(parameters, load_tensors(folder / "best.pt") or sys.exit(f"delete {folder} to train again"))
-    model.save_pretrained(folder, save_embedding_layers=False)      # of peft: trains none; transformers ignores it
+    model.save_pretrained(folder, save_embedding_layers=False)      # for peft: none is trained; transformers ignores it
     tokenizer.save_pretrained(folder)
 
 
@@ -454,9 +454,9 @@ def write_policy(folder: Path, model, tokenizer, parameters: list) -> None:
 def configure(argv: list[str]) -> dict:
     """Sets constants of this script and reward.py from NAME=value or --name=value, and returns all of them.
 
-    The top of each file runs again, line by line, with these values put back after each line: what depends on a changed
-    constant follows it. Exits if no script has the name. Constants of other scripts are ignored, because make passes
-    every one to every script.
+    The top of each file is run again, statement by statement, with these values reapplied after each one, so constants
+    that depend on a changed one follow it. Exits if no script has the name. Constants of other scripts are ignored,
+    because make passes every constant to every script.
     """
     own = Path(__file__)
     given = {name.lstrip("-").upper(): value for name, _, value in (word.partition("=") for word in argv)}
@@ -480,10 +480,10 @@ def configure(argv: list[str]) -> dict:
 
 
 def open_run(folder: Path, constants: dict, inputs: dict) -> Path:
-    """Opens the folder of a run: the same run goes on, a different one is first renamed to NAME.1, NAME.2, ...
+    """Opens the folder of a run, new or resumed; a different run in its place is first renamed to NAME.1, NAME.2, ...
 
-    The same run has the same inputs and constants, except for those in `free`. Exits if it is complete or in use.
-    Returns the folder without links, so that a link to another disk stays one.
+    A run is the same if its inputs and constants are, except for those in `free`. Exits if it is complete or in use.
+    Returns the folder with links resolved, so that a link to another disk survives the renaming.
     """
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -491,7 +491,7 @@ def open_run(folder: Path, constants: dict, inputs: dict) -> Path:
     try:
         fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        sys.exit(f"{folder} is in use by another process, set OUT= to another folder: {error}")
+        sys.exit(f"{folder} is in use by another process: set OUT= to another folder ({error})")
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "numpy")}
     run = json.loads(json.dumps({"constants": constants, "inputs": inputs, "versions": versions}))
     if (folder / "run.json").is_file():
@@ -516,8 +516,8 @@ def open_run(folder: Path, constants: dict, inputs: dict) -> Path:
 
 
 @contextlib.contextmanager
-def written_aside(path: Path, mode: str = "w"):
-    """A file that gets its name once it is complete and on the disk, so that it is never half written."""
+def atomic_write(path: Path, mode: str = "w"):
+    """A file that gets its name only once it is complete and on disk, so that it is never half-written."""
     aside = path.with_name(path.name + ".tmp")
     with open(aside, mode, encoding=None if "b" in mode else "utf-8") as file:
         yield file
@@ -527,7 +527,7 @@ def written_aside(path: Path, mode: str = "w"):
 
 
 def write_json(path: Path, value) -> None:
-    with written_aside(path) as file:
+    with atomic_write(path) as file:
         json.dump(value, file, indent=1, ensure_ascii=False)
 
 

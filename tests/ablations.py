@@ -1,10 +1,10 @@
 """What helps? GRPO with other constants, from one SFT policy: `make ablations`, after `make train`.
 
-    python tests/ablations.py                                   # all variants, seeds 0 to 2: about 5 hours of one core
-    python tests/ablations.py default answer --seeds=0,1        # some; what is finished is not run again
+    python tests/ablations.py                                   # all variants, seeds 0 to 2: about 5 hours on one core
+    python tests/ablations.py default answer --seeds=0,1        # only some; finished runs are not repeated
 
 Each run is `make grpo eval` in runs/ablations/VARIANT-SEED. Prints a table of all finished runs, on the test split, and
-writes it to runs/ablations/table.md, with a figure of val accuracy over generated tokens.
+writes it to runs/ablations/table.md, next to a figure of val accuracy against generated tokens.
 """
 
 import subprocess
@@ -16,8 +16,8 @@ from commands import load, read
 from matplotlib.figure import Figure
 
 RUNS = Path("runs/ablations")
-BASE = Path("runs/game24")          # its data and SFT policy are those of every run
-COMPLETIONS = 256                   # of a step
+BASE = Path("runs/game24")          # every run uses its data and SFT policy
+COMPLETIONS = 256                   # per step
 VARIANTS = {
     "default": [],
     "group": ["BASELINE=group"],
@@ -40,13 +40,13 @@ def run(variant: str, seed: str) -> None:
 
 
 def correct(folder: Path) -> numpy.ndarray:
-    """Share of right answers of each test prompt among its sampled completions."""
+    """For each test prompt, the share of its sampled completions that are right."""
     rows = [row for row in read(folder / "eval/grpo.jsonl") if row["sample"]]
     return numpy.array([row["correct"] for row in rows]).reshape(-1, len({row["id"] for row in rows})).mean(0)
 
 
 def verdict(folders: list[Path], defaults: list[Path]) -> str:
-    """By the 95 % interval, over prompts, of the difference in accuracy to the default with the same seeds."""
+    """Verdict by the 95 % interval, over prompts, of the accuracy difference from the default with the same seeds."""
     difference = numpy.mean([correct(a) - correct(b) for a, b in zip(folders, defaults)], 0)
     draws = numpy.random.default_rng(0).integers(0, len(difference), (2000, len(difference)))
     low, high = numpy.percentile(difference[draws].mean(1), [2.5, 97.5])

@@ -1,12 +1,12 @@
 """Speed and memory of grpo.py on this machine against transformers and TRL: `make bench`, after `make train`.
 
     python tests/bench.py                       # all parts
-    python tests/bench.py real rollout          # some: real, rollout, update, step, memory; on a GPU also floor, fits
+    python tests/bench.py real rollout          # some of real, rollout, update, step, memory; on a GPU also floor, fits
     python tests/bench.py real --sft=runs/x/sft --data=runs/x/data
 
-What is compared takes turns in one process. Each round gives a ratio; the median and the range of these are reported.
-Peaks of memory are measured in separate processes. `real` trains the policy of `make train` on its own prompts; the
-models of the other parts have random weights. Prints rows of a table, and writes bench.json: one flat object.
+The contenders take turns in one process. Each round gives a ratio; the median and range over rounds are reported. Peak
+memory is measured in separate processes. `real` trains the policy of `make train` on its own prompts; the models of the
+other parts have random weights. Prints the rows of a table and writes bench.json, one flat object.
 """
 
 import contextlib
@@ -38,18 +38,18 @@ import grpo  # noqa: E402
 import reward  # noqa: E402
 import sft  # noqa: E402
 
-SFT = str(ROOT / "runs/game24/sft")          # the trained policy and ...
-DATA = str(ROOT / "runs/game24/data")        # ... the data of the part `real`
+SFT = str(ROOT / "runs/game24/sft")          # for the part `real`: the trained policy ...
+DATA = str(ROOT / "runs/game24/data")        # ... and its data
 TEMPERATURE = 0.7
-# constants of grpo.py, which TRL gets too
+# constants of grpo.py, also given to TRL
 STEP = {"MODEL": "tiny", "CREDIT": "answer", "TEMPERATURE": TEMPERATURE, "TOP_P": 1.0, "LR": 2e-4, "WARMUP": 5,
         "GROUP_SIZE": 8}
 REAL = {**STEP, "PROMPTS_PER_STEP": 32, "MAX_NEW_TOKENS": 208, "BETA": 0.01}
 NATURAL = {**STEP, "PROMPTS_PER_STEP": 12, "MAX_NEW_TOKENS": 300, "BETA": 0.0}
 FIXED = {**NATURAL, "MAX_NEW_TOKENS": 128}
-MEAN_TOKENS = 83             # of completions that end by themselves
+MEAN_TOKENS = 83             # mean length of completions that end on their own
 WORDS = 256                  # in the prompts, and in the vocabulary of the tiny shape
-# width, width of the MLP, layers, heads of queries, vocabulary
+# width, MLP width, layers, query heads, vocabulary
 SHAPES = {"tiny": (sft.TINY_WIDTH, 3 * sft.TINY_WIDTH, sft.TINY_LAYERS, sft.TINY_HEADS, WORDS),
           "0.5B": (896, 4864, 24, 14, 151936),
           "1.5B": (1536, 8960, 28, 12, 151936),
@@ -62,10 +62,10 @@ results = {}
 
 
 def random_model(shape: str, mean: float = math.inf, dtype=torch.float32):
-    """A Llama of a shape whose completions end, with id 0, after `mean` tokens on average, or never.
+    """A Llama of a given shape whose completions end, with id 0, after `mean` tokens on average, or never.
 
-    The first feature of all embeddings is equal and large, so after the last norm it is the square root of the width,
-    whatever the tokens. The tied head then gives all words the same logit, and the end the logit of its own feature.
+    The first feature is equal and large in all embeddings, so after the last norm it is the square root of the width,
+    whatever the tokens. The tied head then gives all words the same logit, and the end token that of its own feature.
     """
     torch.manual_seed(0)
     width, mlp_width, layers, heads, vocabulary = SHAPES[shape]
@@ -87,7 +87,7 @@ def random_prompts(count: int) -> list[list[int]]:
 
 
 def random_policy(folder: str, shape: str, mean: float = math.inf, dtype=torch.float32) -> None:
-    """Writes a random model, a tokenizer of the words w0 (the end), w1, ..., and data, all as grpo.py reads them."""
+    """Writes a random model, a tokenizer with the words w0 (the end), w1, ..., and data, in the form grpo.py reads."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w1"))
@@ -112,7 +112,7 @@ def seconds(work, *args) -> float:
 
 
 def peak_above(work, *args, **kwargs) -> float:
-    """GiB that the work takes at its peak, above what was in use before."""
+    """Peak memory of the work, in GiB above what was in use before."""
     if CUDA:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -126,7 +126,7 @@ def peak_above(work, *args, **kwargs) -> float:
 
 
 def apart(expression: str) -> float:
-    """Value of an expression of this module in a separate process. Raises RuntimeError with the reason if that dies."""
+    """Evaluates an expression of this module in a separate process. Raises RuntimeError with the reason if it dies."""
     code = f"import bench, trl; bench.prepare(); print(eval({expression!r}, vars(bench)))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True)
     if run.returncode:
@@ -135,7 +135,7 @@ def apart(expression: str) -> float:
 
 
 def alternate(*works, rounds: int, warmup: int = 1) -> list[tuple[float]]:
-    """Numbers of each work, by round. The works take turns, and the rounds to warm up do not count."""
+    """The numbers that each work returns, by round. The works take turns, and warm-up rounds do not count."""
     numbers = []
     for _ in range(warmup + rounds):
         numbers.append([])
@@ -148,7 +148,7 @@ def alternate(*works, rounds: int, warmup: int = 1) -> list[tuple[float]]:
 
 
 def report(name: str, unit: str, ours, others) -> None:
-    """Puts the median and range of ours / others by round into bench.json, and prints a row of a table."""
+    """Adds the median and range of ours / others over rounds to bench.json, and prints a row of the table."""
     ratios = sorted(a / b for a, b in zip(ours, others, strict=True))
     results[name] = round(statistics.median(ratios), 3)
     results[f"{name}_range"] = [round(ratios[0], 3), round(ratios[-1], 3)]
@@ -160,9 +160,9 @@ def report(name: str, unit: str, ours, others) -> None:
 
 
 def our_steps(policy: str, data: str, steps: int, **constants) -> float:
-    """Completion tokens a second of grpo.py, over `steps` steps after one to warm up.
+    """Completion tokens per second of grpo.py, over `steps` steps after one to warm up.
 
-    A step lasts from one line of the log to the next, except for the evaluation, which only the last step has.
+    A step lasts from one line of the log to the next, minus the evaluation, which only the last step has.
     """
     with tempfile.TemporaryDirectory() as out, open(os.devnull, "w") as nowhere:
         constants |= {"SFT": policy, "DATA": data, "OUT": out, "STEPS": steps + 1, "EVAL_EVERY": 10**6}
@@ -173,12 +173,12 @@ def our_steps(policy: str, data: str, steps: int, **constants) -> float:
     total = log[-1]["seconds"] - log[1]["seconds"] - log[-1]["val_seconds"]
     tokens = constants["PROMPTS_PER_STEP"] * constants["GROUP_SIZE"] * sum(line["tokens"] for line in log[2:])
     share = sum(line["rollout_seconds"] for line in log[2:]) / total
-    print(f"ours: {total / steps:.2f} s a step, {tokens / steps:,.0f} tokens, rollout {share:.0%}", flush=True)
+    print(f"ours: {total / steps:.2f} s per step, {tokens / steps:,.0f} tokens, rollout {share:.0%}", flush=True)
     return tokens / total
 
 
 def trl_steps(policy: str, data: str, steps: int, bf16: int, micro_batch: int, **constants) -> float:
-    """The same of TRL's GRPOTrainer, by its own clock, which leaves out the few ms of the optimizer."""
+    """The same for TRL's GRPOTrainer, by its own clock, which leaves out the few ms of the optimizer."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -196,16 +196,16 @@ def trl_steps(policy: str, data: str, steps: int, bf16: int, micro_batch: int, *
         trainer = GRPOTrainer(policy, reward.game24, args=settings, train_dataset=Dataset.from_list(rows))
         with contextlib.redirect_stdout(nowhere):
             trainer.train()
-    log = trainer.state.log_history[1:-1]          # without the step to warm up and the summary
+    log = trainer.state.log_history[1:-1]          # without the warm-up step and the summary
     total = sum(line["step_time"] for line in log)
     tokens = completions * sum(line["completions/mean_length"] for line in log)
     kind = f"BF16={bf16}, micro-batches of {micro_batch}"
-    print(f"TRL: {total / steps:.2f} s a step, {tokens / steps:,.0f} tokens, {kind}", flush=True)
+    print(f"TRL: {total / steps:.2f} s per step, {tokens / steps:,.0f} tokens, {kind}", flush=True)
     return tokens / total
 
 
 def against_trl(policy, data, keys: dict[str, int], trl_bf16, sizes, rounds: int, **constants) -> None:
-    """Reports ours with the BF16 of each key, and TRL in the precision and micro-batch that is fastest for it."""
+    """Reports our speed with each key's BF16 against TRL in its fastest combination of precision and micro-batch."""
     def theirs(steps, bf16, size):
         return trl_steps(policy, data, steps, bf16, size, **constants)
 
@@ -218,7 +218,7 @@ def against_trl(policy, data, keys: dict[str, int], trl_bf16, sizes, rounds: int
 
 def bench_real() -> None:
     if not Path(SFT, "summary.json").is_file() or not Path(DATA, "train.jsonl").is_file():
-        print(f"real: left out, because {SFT} or {DATA} is missing or not finished: run `make train` first")
+        print(f"real: skipped, because {SFT} or {DATA} is missing or not finished: run `make train` first")
         return
     train, val = (reward.read_rows("game24", Path(DATA, f"{split}.jsonl"), "prompt") for split in ("train", "val"))
     keys = {"step_real_vs_trl": grpo.BF16, "step_real_fp32_vs_trl": 0}
@@ -266,7 +266,7 @@ def generate(model, prompts: list[list[int]], new: int) -> list[list[int]]:
 
 
 def useful_per_second(rollout, *args) -> float:
-    """Tokens up to the first end, per second."""
+    """Tokens per second, counted in each completion up to its first end token."""
     completions = []
     time_taken = seconds(lambda: completions.extend(rollout(*args)))
     return sum(ids.index(0) + 1 if 0 in ids else len(ids) for ids in completions) / time_taken
@@ -287,7 +287,7 @@ def bench_rollout() -> None:
 
 
 def update_case():
-    """The 0.5B shape with an adapter, and sequences of 32 prompt tokens and completions of 16 to 128."""
+    """The 0.5B shape with an adapter, and sequences of 32 prompt tokens and 16 to 128 completion tokens."""
     grpo.HEAD_CHUNK = 128          # a quarter of the default, because the case is small
     lora = LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(random_model("0.5B").to(grpo.DEVICE), lora)
@@ -302,7 +302,7 @@ def our_update(model, samples) -> None:
 
 
 def naive_update(model, samples) -> None:
-    """All sequences at once, and the logits of every token."""
+    """All sequences at once, with the logits of every token."""
     input_ids, loss_mask = grpo.collate(samples)
     with torch.autocast(grpo.DEVICE, torch.bfloat16, enabled=bool(grpo.BF16)):
         logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1].float() / TEMPERATURE
@@ -323,7 +323,7 @@ def bench_update() -> None:
 
 
 def decode_seconds(policy: str, rows: int, tokens: int) -> float:
-    """Seconds of a decode step at `tokens` tokens: the difference of two lengths, so that the prompts do not count."""
+    """Seconds per decode step at `tokens` tokens: the difference between two lengths, so the prompts cancel out."""
     model, _ = grpo.load_model(policy)
     prompts = [[5] * tokens for _ in range(rows)]
     short, long = (min(seconds(our_rollout, model, prompts, new) for _ in range(3)) for new in (4, 36))
@@ -331,7 +331,7 @@ def decode_seconds(policy: str, rows: int, tokens: int) -> float:
 
 
 def floor_seconds(shape: str, rows: int, tokens: int) -> float:
-    """The least it can take: NF4 weights and cache are read once, and each row is multiplied by each weight."""
+    """Lower bound of decode_seconds: NF4 weights and cache are read once, and each row is multiplied by each weight."""
     matrix = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
     memory = torch.zeros(2, 2**28, dtype=torch.uint8, device="cuda")
     flops = 2 * 4096**3 / min(seconds(lambda: matrix @ matrix) for _ in range(30))
@@ -351,13 +351,13 @@ def bench_floor() -> None:
 
 
 def peak_below(cap: int, policy: str, group: int, new: int) -> float:
-    """GiB at the peak of two steps of 12 prompts; runs out of memory above the cap in GiB."""
+    """Peak GiB of two steps of 12 prompts; runs out of memory above `cap` GiB."""
     torch.cuda.set_per_process_memory_fraction(cap * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     return peak_above(our_steps, policy, policy, 1, PROMPTS_PER_STEP=12, GROUP_SIZE=group, MAX_NEW_TOKENS=new)
 
 
 def bench_fits() -> None:
-    """The largest step below a cap of memory, as prompts x completions x tokens, by shape and cap in GiB."""
+    """The largest step that fits a memory cap, as prompts x completions x tokens, by shape and cap in GiB."""
     fits = results["fits"] = {}
     for shape in ("0.5B", "1.5B", "3B"):
         with tempfile.TemporaryDirectory() as policy:

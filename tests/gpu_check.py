@@ -1,6 +1,6 @@
-"""What a GPU does with grpo.py, as a table for a report: `make gpu-check`, half an hour. No GPU: no check.
+"""Checks grpo.py on a GPU and prints a table to report: `make gpu-check`, half an hour. Checks nothing without a GPU.
 
-The model is models/smollm2 (`make smollm2`), and for speed and memory a random one of the shape of 1.5B.
+The model is models/smollm2 (`make smollm2`); for speed and memory, a random one of the 1.5B shape.
 """
 
 import os
@@ -18,7 +18,7 @@ from commands import read
 ROOT = bench.ROOT
 SMALL = {"MODEL": ROOT / "models/smollm2", "HIGHEST": 6, "VAL_HANDS": 10, "TEST_HANDS": 10, "TRACES_PER_HAND": 16,
          "SFT_STEPS": 40, "STEPS": 3, "MAX_NEW_TOKENS": 256, "EVAL_EVERY": 3}
-PEAKS = {512: 4.6, 2048: 5.4}          # GiB of a step of the 1.5B by HEAD_CHUNK, counted from the shapes (README)
+PEAKS = {512: 4.6, 2048: 5.4}          # HEAD_CHUNK: GiB of a step of the 1.5B, counted from the shapes (README)
 
 
 def run(script: str, **constants) -> list[str]:
@@ -46,7 +46,7 @@ def precision(policy: str) -> str:
     model, _ = bench.grpo.load_model(policy)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}, "adapters are not in fp32"
     layer = next(module for module in model.modules() if hasattr(module, "compute_dtype"))
-    assert not any(hasattr(module, "_hf_hook") for module in model.modules()), "accelerate has put hooks"
+    assert not any(hasattr(module, "_hf_hook") for module in model.modules()), "accelerate has added hooks"
     return f"adapters in fp32, products in {layer.compute_dtype}, no hooks"
 
 
@@ -66,7 +66,7 @@ def replay_is_eager(policy: str) -> str:
             a, b = (torch.tensor(values) for values in logprobs)
             worst = max(worst, (a - b).abs().max().item())
     assert worst < 1e-3, f"log-probs differ by {worst}"
-    return f"log-probs differ by at most {worst:.1e}, 96 to 1 rows, 64 and 1,000 tokens"
+    return f"log-probs differ by at most {worst:.1e}, for 96 to 1 rows and 64 and 1,000 tokens"
 
 
 def profile_of_a_replay(policy: str) -> str:
@@ -102,7 +102,7 @@ def memory_of_a_step(policy: str) -> str:
 
 def below_a_cap(policy: str) -> str:
     peak = bench.apart(f"peak_below(5, {policy!r}, 8, 1024)")
-    return f"a step of 12 x 8 x 1,024 tokens of the 1.5B finishes below 5 GiB, peak {peak:.1f}"
+    return f"a step of 12 x 8 x 1,024 tokens of the 1.5B model finishes below 5 GiB, peak {peak:.1f}"
 
 
 def train(out: str) -> str:
@@ -127,7 +127,7 @@ def killed(out: str) -> str:
 
 def main() -> None:
     if not torch.cuda.is_available():
-        sys.exit("gpu-check: no GPU that torch can use, nothing is checked")
+        sys.exit("gpu-check: torch finds no GPU, so nothing is checked")
     bench.prepare()
     for name, value in {"TINY": False, "LOAD_4BIT": 1, "LORA_RANK": 32, "GRADIENT_CHECKPOINTING": 1}.items():
         setattr(bench.grpo, name, value)

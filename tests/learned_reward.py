@@ -1,14 +1,14 @@
-"""A learned reward instead of the rule, a recipe to copy: GRPO with the reward of a classifier, after `make train`.
+"""A recipe to copy: GRPO with a learned reward, from a classifier, instead of the rule. Run it after `make train`.
 
     python tests/learned_reward.py 0 OUT=runs/frozen        # constants of grpo.py can follow
-    python tests/learned_reward.py 1 OUT=runs/updated       # the classifier learns again after every step
+    python tests/learned_reward.py 1 OUT=runs/updated       # the classifier is updated after every step
     python eval.py OUT=runs/table DATA=runs/game24/data POLICIES=frozen=runs/frozen/grpo,updated=runs/updated/grpo
 
 The classifier is the SFT policy with a sequence-classification head. It learns which completions of that policy are
-right, and prints how often it ranks a right one above another on hands that it has not seen. The reward is its
-probability. Every few steps it learns from the completions since then, by the verdict of the rule. Without that (0),
-the policy learns to write wrong answers that the classifier takes for right: in 30 steps the reward rose to 0.98 and
-the accuracy fell to 0.33. parts/rule in log.jsonl is the rule's reward.
+right; how often it ranks a right one above a wrong one on unseen hands is printed. The reward is its probability. Every
+N steps (the first argument) it learns from the completions since its last update, labelled by the rule. Without
+updates (0), the policy learns to write wrong answers that the classifier takes for right: in 30 steps the reward rose
+to 0.98 and the accuracy fell to 0.33. parts/rule in log.jsonl is the rule's reward.
 """
 
 import random
@@ -26,13 +26,13 @@ import reward  # noqa: E402
 TASK = "game24"              # its rule says which completions are right
 SFT = f"runs/{TASK}/sft"
 DATA = f"runs/{TASK}/data"
-SAMPLES = 4                  # completions of each training hand, from which the classifier learns at first
+SAMPLES = 4                  # completions per training hand, from which the classifier first learns
 FIRST_EPOCHS = 2
 CLASSIFIER_LR = 3e-4
 
 
 def fit(classifier, tokenizer, samples: list[tuple[str, float]], epochs: int) -> None:
-    """Learns from texts with 1.0 if right, else 0.0, by cross-entropy."""
+    """Trains the classifier on texts labelled 1.0 if right, else 0.0, by cross-entropy."""
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=CLASSIFIER_LR)
     for epoch in range(epochs):
         order = random.Random(epoch).sample(samples, len(samples))
@@ -56,7 +56,7 @@ def as_sample(row: dict, completion: str, correct: float) -> tuple[str, float]:
 
 
 def ranking_accuracy(classifier, tokenizer, samples: list[tuple[str, float]]) -> float:
-    """Share of the pairs of a right and a wrong completion in which the right one has the higher logit."""
+    """Share of pairs of a right and a wrong completion in which the right one has the higher logit."""
     with torch.no_grad():
         values = torch.cat([logits(classifier, tokenizer, [text]) for text, _ in samples])
     is_right = torch.tensor([correct for _, correct in samples]) == 1
@@ -71,7 +71,7 @@ def main() -> None:
     torch.set_num_threads(constants["THREADS"])
     torch.manual_seed(constants["SEED"])
 
-    # completions of the SFT policy to one prompt of each training hand
+    # completions by the SFT policy for one prompt per training hand
     rows = reward.read_rows(TASK, Path(constants["DATA"], "train.jsonl"), "prompt")
     rows = list({reward.identity(TASK, row): row for row in rows}.values())
     completed = eval.complete_rows(*eval.load_policy(constants["SFT"]), rows, range(1, SAMPLES + 1))
@@ -80,7 +80,7 @@ def main() -> None:
     for row in completed:
         samples[row["prompt"] in unseen].append(as_sample(row, row["completion"], row["correct"]))
 
-    # the classifier learns from those of three quarters of the hands, and ranks the others
+    # the classifier learns from those for three quarters of the hands, and ranks the others
     tokenizer = AutoTokenizer.from_pretrained(constants["SFT"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     classifier = AutoModelForSequenceClassification.from_pretrained(
@@ -99,7 +99,7 @@ def main() -> None:
         if row["id"].startswith("train"):        # it must not learn from val
             recent.append((text, correct))
         if len(recent) == update_every * constants["PROMPTS_PER_STEP"] * constants["GROUP_SIZE"]:
-            older = rng.sample(samples[False], min(len(recent), len(samples[False])))        # lest it forgets
+            older = rng.sample(samples[False], min(len(recent), len(samples[False])))        # lest it forget
             fit(classifier, tokenizer, recent + older, 1)
             samples[False].extend(recent)
             recent.clear()

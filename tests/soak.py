@@ -1,10 +1,10 @@
-"""Kills training at random moments, damages checkpoints between, and compares the end with an undisturbed run.
+"""Kills training at random moments, damages checkpoints in between, and compares the result with an undisturbed run.
 
     make soak                                # up to 50 kills for each of four runs
     .venv/bin/python tests/soak.py 1 20      # seed 1, 20 kills
 
-SFT and GRPO of the tiny model, in fp32 and in NF4 with LoRA and 8-bit AdamW. Before one in three restarts the newest
-checkpoint gets a flipped bit, or is cut off or emptied.
+SFT and GRPO of the tiny model, in fp32 and in NF4 with LoRA and 8-bit AdamW. Before one in three restarts, the newest
+checkpoint has a bit flipped, or is truncated or emptied.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import conftest  # noqa: F401  the scripts can be imported
+import conftest  # noqa: F401  makes the scripts importable
 from commands import DATA, GRPO, SFT, TRAINED, Commands, done
 from test_resume import LORA, empty, flip, halve, same_runs
 
@@ -29,12 +29,12 @@ RUNS = {("sft", "fp32"): {**LONG_SFT, "sft_steps": 1000},
 
 
 def soak(run: Commands, script: str, constants: dict, kills: int, rng: random.Random) -> dict[str, int]:
-    """Runs a script to its end, killed up to `kills` times; returns how often it was killed and damaged."""
+    """Runs a script to its end, killing it up to `kills` times; counts the kills and the damaged checkpoints."""
     count = {"kills": 0, "damaged": 0}
     while count["kills"] < kills:
         process = run.start(script, **constants)
         time.sleep(rng.uniform(0.2, 3))
-        with contextlib.suppress(ProcessLookupError):           # it has ended
+        with contextlib.suppress(ProcessLookupError):           # it has already ended
             os.kill(process, signal.SIGKILL)
         result = run.wait()
         if result.code == 0:
@@ -64,7 +64,7 @@ def main() -> None:
             count = soak(run, script, {**constants, "out": folders[1]}, kills, rng)
             same_runs(folders[0] / script, folders[1] / script)
             seconds = time.time() - began
-            print(f"{script} {weights}: {count}, then bit for bit as undisturbed ({seconds:.0f} s)", flush=True)
+            print(f"{script} {weights}: {count}, then bit for bit as if undisturbed ({seconds:.0f} s)", flush=True)
         run.close()
 
 
