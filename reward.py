@@ -1,8 +1,8 @@
 """The tasks: prompts, parsing and rewards, for all scripts. `python -m doctest reward.py` checks this example:
 
 >>> completion = '''<think>
-... 4 10 6 5 | 10 + 4 = 14
-... 4 10 6 5 | 10 - 6 = 4
+... | 10 + 4 = 14
+... | 10 - 6 = 4
 ... 4 4 5 | 5 * 4 = 20
 ... 20 4 | 20 + 4 = 24
 ... ( 5 * 4 ) + 4
@@ -14,9 +14,10 @@
 >>> round(score("game24", completion.replace("+ 4 <", "+ 5 <"), row)["reward"], 4)     # 5 used twice: only steps earn
 0.3
 
-A line of reasoning is a step, `state | a op b = c` (the state is optional), or, once a step has made the target, an
-expression equal to it with more numbers than the one before. Lyrics, `<think>plan</think>《title》/line/line`, earn a
-product of gates times a weighted sum of parts, so no part can make up for text that is not verse.
+A line of reasoning is a step, `state | a op b = c`, where nothing before the | means the given numbers, or, once a step
+has made the target, an expression equal to it with more numbers than the one before. Lyrics,
+`<think>plan</think>《title》/line/line`, earn a product of gates times a weighted sum of parts, so no part can make up
+for text that is not verse.
 """
 
 import ast
@@ -95,7 +96,7 @@ other_signs = str.maketrans("×÷−＋－＊／（）＝", "*/-+-*/()=")
 # in a step: an integer, or a fraction such as 8/3; a state has up to four of them
 step_number = r"-?(?:0|[1-9][0-9]{0,8})(?:/[1-9][0-9]{0,8})?"
 step_state = rf"{step_number}(?:[ ,]+{step_number}){{0,3}}"
-step_line = re.compile(rf"(?:({step_state}) ?\| ?)?({step_number}) ?([-+*/]) ?({step_number}) ?= ?({step_number})")
+step_line = re.compile(rf"(?:({step_state}|) ?\| ?)?({step_number}) ?([-+*/]) ?({step_number}) ?= ?({step_number})")
 
 
 def hand_row(numbers: list) -> dict:
@@ -141,7 +142,7 @@ def judge_lines(lines: list[str], numbers: list[int], target: int) -> list[tuple
     """Verdict on each line of reasoning, and the state (numbers as strings) that it reaches.
 
     right: correct arithmetic on operands of a state reached before, which is the given numbers or the result of a right
-    step; if the line names no state, the latest one with these operands counts. repeated: the same step again.
+    step; in a line without a |, the latest state with these operands counts. repeated: the same step again.
     composing: once a step has made the target, an expression equal to it with more numbers than the one before.
     """
     states = {tuple(sorted(map(str, numbers))): None}     # a dict, to keep the order in which they were reached
@@ -163,8 +164,9 @@ def judge_lines(lines: list[str], numbers: list[int], target: int) -> list[tuple
             continue
         operands = [str(a), str(b)]
         starts = reversed(states)
-        if given:
-            starts = {tuple(sorted(str(Fraction(value)) for value in re.split("[ ,]+", given)))} & states.keys()
+        if given is not None:
+            given = re.split("[ ,]+", given) if given else numbers
+            starts = {tuple(sorted(str(Fraction(value)) for value in given))} & states.keys()
         starts = (state for state in starts if all(state.count(value) >= operands.count(value) for value in operands))
         start = next(starts, None)
         if start is None:
