@@ -1,19 +1,16 @@
-"""The Python of the README runs: a task of your own, TRL on two processes, the parquet file for verl."""
+"""The Python of the README runs: a task of your own, and TRL on two processes."""
 
 import re
 import shutil
 import subprocess
 import sys
 
-import pyarrow.parquet
 import pytest
 from commands import DATA, ENVIRONMENT, ROOT, TRAINED, done, load, read
 
-import reward
-
 BLOCKS = {language: re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
           for language, name in (("en", "README.md"), ("zh", "README.zh.md"))}
-OWN_REWARD, OWN_DATA, TRL, VERL = BLOCKS["en"]
+OWN_REWARD, OWN_DATA, TRL = BLOCKS["en"]
 SMALL = ('output_dir="runs/trl", use_cpu=True, bf16=False, max_steps=2, per_device_train_batch_size=4, '
          'num_generations=4, max_completion_length=16, logging_steps=1, report_to=[]')
 
@@ -49,17 +46,6 @@ def test_trl_trains_on_two_processes(project):
     execute(project, code, "-m", "torch.distributed.run", "--nproc_per_node", "2")
     steps = load(project / "runs/trl/checkpoint-2/trainer_state.json")["log_history"]
     assert [step["step"] for step in steps if "reward" in step] == [1, 2] and steps[0]["rewards/game24/mean"] > 0
-
-
-def test_the_parquet_for_verl_scores_like_the_rows(project):
-    execute(project, VERL)
-    rows = read(project / "runs/game24/data/train.jsonl")
-    table = pyarrow.parquet.read_table(project / "runs/game24/data/train.parquet").to_pylist()
-    assert len(table) == len(rows)
-    for row, line in zip(rows, table):
-        assert line["prompt"] == [{"role": "user", "content": row["prompt"]}]
-        result = reward.compute_score(line["data_source"], row["completion"], line["reward_model"]["ground_truth"])
-        assert result["acc"] == 1 and result["score"] == reward.score("game24", row["completion"], row)["reward"]
 
 
 def test_a_task_of_your_own_learns(run, tmp_path):
