@@ -14,7 +14,7 @@
 >>> round(score("game24", completion.replace("+ 4 <", "+ 5 <"), row)["reward"], 4)     # 5 used twice: only steps earn
 0.3
 
-A line of reasoning is a step, `state | a op b = c` (nothing before the | means the given numbers; no |, the latest state
+A line of reasoning is a step, `state | a op b = c` (nothing before the | means the given numbers; no |, the last state
 with a and b), or, once a step has made the target, an expression equal to it with more numbers than the one before.
 Lyrics, `<think>plan</think>《title》/line/line`, earn a product of gates times a weighted sum of parts, so no part can
 make up for text that is not verse.
