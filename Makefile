@@ -93,7 +93,7 @@ bench: .venv/dev    ## speed and memory against transformers and TRL, with the p
 ablations: .venv    ## GRPO with other baselines, credit, rewards; three seeds each: a table, after `make train`
 	.venv/bin/python tests/ablations.py
 
-gpu-check: .venv/dev models/smollm2/config.json    ## what a GPU does: kernels, CUDA graphs, speed, memory, resuming; a table for a report
+gpu-check: .venv/dev models/smollm2/config.json    ## what a GPU does: kernels, graphs, speed, memory; a table to report
 	.venv/bin/python tests/gpu_check.py
 
 clean:              ## remove the environment and caches; runs/ stays

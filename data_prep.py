@@ -1,6 +1,6 @@
 """Makes the data for a task: runs/TASK/data/{train,val,test}.jsonl.
 
-    python data_prep.py                               # the 24-point game: 89,747 search traces, 25 s on one core
+    python data_prep.py                               # the 24-point game: 89,747 search traces, 11 s on one core
     python data_prep.py HOLDOUT=hands.txt             # these hands are the test split, and in no other split
     python data_prep.py TASK=lyrics RAW=my/lyrics     # a file or folder of texts; default: assets/verses.jsonl
 
