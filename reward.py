@@ -191,14 +191,14 @@ def score_game24(completion: str, row: dict, truncated: bool) -> dict[str, float
     answered = closed and "<answer>" in rest and "</answer>" in rest and not truncated
     answer = re.fullmatch(r"\s*<answer>([^<>]*)</answer>\s*", rest)
     stray = re.search("<think>|</?answer>", thought) or before.removesuffix("<think>").strip()
-    outcome = 0.0
+    outcome = length = 0.0
     if answered and answer and not stray:
         with suppress(ValueError):
             value, leaves = parse_expression(answer[1], target)
             if sorted(leaves) == sorted(numbers):
                 outcome = 1.0 if value == target else WELL_FORMED
+                length = length_reward(len(lines)) if value == target or not LENGTH_NEEDS_CORRECT else 0.0
     process = verdicts["right"] / max(MIN_STEPS, counted)
-    length = length_reward(len(lines)) if outcome >= (1 if LENGTH_NEEDS_CORRECT else WELL_FORMED) else 0.0
     reward = OUTCOME_WEIGHT * outcome + PROCESS_WEIGHT * process + LENGTH_WEIGHT * length
     return {"reward": reward, "outcome": outcome, "process": process, "length": length, "correct": float(outcome == 1),
             "answered": float(answered), "steps": float(counted), "lines": float(len(lines))}

@@ -180,7 +180,9 @@ def test_length_is_paid_for_a_finished_answer(monkeypatch, needs_correct):
     monkeypatch.setattr(reward, "LENGTH_NEEDS_CORRECT", needs_correct)
     assert score("<think></think><answer>4 + 5 + 6 + 10</answer>")["length"] == 1 - needs_correct
     for completion in ("", "<think></think><answer>24</answer>", "<think></think>", f"<think>\n{ANSWER}"):
-        assert score(completion)["length"] == 0
+        for well_formed in (0.35, 0.0):
+            monkeypatch.setattr(reward, "WELL_FORMED", well_formed)
+            assert score(completion)["length"] == 0
 
 
 def by_python(text):
