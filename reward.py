@@ -66,26 +66,22 @@ def parse_expression(text: str, target: int = 24) -> tuple[Fraction, list[int]]:
 
     Also reads × ÷ − and full-width signs. Raises ValueError for leading zeros, unary minus, powers and anything else.
     """
-    if len(text) > MAX_EXPRESSION_CHARS:
-        raise ValueError(f"expression of {len(text)} characters: at most {MAX_EXPRESSION_CHARS} are allowed")
-    text = re.sub(r"\s+", " ", text.translate(other_signs)).strip()
-    text = re.sub(f" ?= ?{target}$", "", text)
-    if not re.fullmatch("[-+*/() 0-9]+", text) or re.search(r"\b0[0-9]", text):
-        raise ValueError(f"expected whole numbers, + - * / and brackets, not {text!r}")
-    if max(accumulate((sign == "(") - (sign == ")") for sign in text)) > MAX_EXPRESSION_DEPTH:
+    plain = re.sub(r"\s+", " ", text.translate(other_signs)).strip()
+    plain = re.sub(f" ?= ?{target}$", "", plain)
+    if len(text) > MAX_EXPRESSION_CHARS or not re.fullmatch("[-+*/() 0-9]+", plain) or re.search(r"\b0[0-9]", plain):
+        raise ValueError(f"expected whole numbers, + - * / and brackets in {MAX_EXPRESSION_CHARS} characters: {text!r}")
+    if max(accumulate((sign == "(") - (sign == ")") for sign in plain)) > MAX_EXPRESSION_DEPTH:
         raise ValueError(f"more than {MAX_EXPRESSION_DEPTH} nested brackets in {text!r}")
-    numbers = []
 
     def value(node: ast.expr) -> Fraction:
         if isinstance(node, ast.Constant):
-            numbers.append(node.value)
             return Fraction(node.value)
         if isinstance(node, ast.BinOp) and type(node.op) in signs:      # not ** or //
             return operations[signs[type(node.op)]](value(node.left), value(node.right))
         raise ValueError(f"{type(node).__name__} in {text!r}")
 
     try:
-        return value(ast.parse(text, mode="eval").body), numbers
+        return value(ast.parse(plain, mode="eval").body), list(map(int, re.findall("[0-9]+", plain)))
     except (SyntaxError, ZeroDivisionError) as error:
         raise ValueError(f"{error} in {text!r}") from None
 
@@ -132,76 +128,70 @@ def length_reward(lines: int, threshold: int = 4, midpoint: int = 20, steepness:
 
 
 def split_thought(completion: str) -> tuple[str, str, str, bool]:
-    """What precedes the reasoning, the reasoning, what follows, and whether it is closed. A template may open it."""
+    """What precedes <think>, the reasoning, what follows, and whether it is closed. A template may open it."""
     before, opened, body = completion.partition("<think>")
     thought, closed, rest = (body if opened else completion).partition("</think>")
-    return before + opened if opened else "", thought, rest, bool(closed)
+    return before if opened else "", thought, rest, bool(closed)
 
 
-def judge_lines(lines: list[str], numbers: list[int], target: int) -> list[tuple[str, tuple[str, ...]]]:
-    """Verdict on each line of reasoning, and the state (numbers as strings) that it reaches.
+def judge_lines(thought: str, row: dict) -> dict[int, tuple[str, ...] | None]:
+    """For each line of reasoning, by its place, the state that a right step reaches; () if it composes, None if wrong.
 
-    right: correct arithmetic on operands of a state reached before, which is the given numbers or the result of a right
-    step; in a line without a |, the latest state with these operands counts. repeated: the same step again.
-    composing: once a step has made the target, an expression equal to it with more numbers than the one before.
+    A right step is correct arithmetic, not done before, on operands of a state reached before, which is the given
+    numbers or the result of a right step; in a line without a |, the latest state with these operands counts. A line
+    composes if it comes after a step that made the target and is an expression equal to it with more numbers than the
+    one before. A state has its numbers as sorted strings.
     """
-    states = {tuple(sorted(map(str, numbers))): None}     # a dict, to keep the order in which they were reached
-    right_steps, composed, verdicts = set(), 1, []
-    for line in lines[:MAX_LINES]:
-        verdicts.append(("wrong", ()))
-        line = line.strip().translate(other_signs)
+    hand, target = tuple(sorted(map(str, row["numbers"]))), row.get("target", 24)
+    states, composed = {hand: set()}, 1         # the states in the order in which they were reached, with steps made
+    lines = enumerate(thought.translate(other_signs).split("\n"))
+    lines = {place: line.strip() for place, line in lines if line.strip()}
+    reached = dict.fromkeys(lines)
+    for place, line in list(lines.items())[:MAX_LINES]:
         step = step_line.fullmatch(line) if len(line) <= MAX_EXPRESSION_CHARS else None
-        if step is None:
-            if (str(target),) in states and sum(map(line.count, operations)) < len(numbers):
-                with suppress(ValueError):
-                    value, leaves = parse_expression(line, target)
-                    if value == target and len(leaves) > composed:
-                        composed, verdicts[-1] = len(leaves), ("composing", ())
-            continue
-        given, left, sign, right, result = step.groups()
-        a, b, result = Fraction(left), Fraction(right), Fraction(result)
-        if (sign == "/" and b == 0) or operations[sign](a, b) != result:
-            continue
-        operands = [str(a), str(b)]
-        starts = reversed(states)
-        if given is not None:
-            given = re.split("[ ,]+", given) if given else numbers
-            starts = {tuple(sorted(str(Fraction(value)) for value in given))} & states.keys()
-        starts = (state for state in starts if all(state.count(value) >= operands.count(value) for value in operands))
-        start = next(starts, None)
-        if start is None:
-            continue
-        key = (start, sign, *(sorted(operands) if sign in "+*" else operands))
-        rest = Counter(start) - Counter(operands)
-        reached = tuple(sorted([*rest.elements(), str(result)]))
-        verdicts[-1] = ("repeated" if key in right_steps else "right", reached)
-        if key not in right_steps:
-            right_steps.add(key)
-            states.pop(reached, None)
-            states[reached] = None
-    return verdicts + [("wrong", ())] * (len(lines) - len(verdicts))
+        if step:
+            given, left, sign, right, result = step.groups()
+            a, b, result = Fraction(left), Fraction(right), Fraction(result)
+            operands, starts = [str(a), str(b)], reversed(states)
+            if given is not None:
+                given = re.split("[ ,]+", given) if given else hand
+                starts = states.keys() & {tuple(sorted(str(Fraction(value)) for value in given))}
+            starts = (state for state in starts if all(state.count(x) >= operands.count(x) for x in operands))
+            holds = (b or sign != "/") and operations[sign](a, b) == result
+            start = next(starts, None) if holds else None
+            made = (sign, *(sorted(operands) if sign in "+*" else operands))
+            if start and made not in states[start]:
+                states[start].add(made)
+                rest = Counter(start) - Counter(operands)
+                reached[place] = tuple(sorted([*rest.elements(), str(result)]))
+                states[reached[place]] = states.pop(reached[place], set())
+        elif (str(target),) in states and sum(map(line.count, operations)) < len(hand):
+            with suppress(ValueError):
+                value, leaves = parse_expression(line, target)
+                if value == target and len(leaves) > composed:
+                    composed, reached[place] = len(leaves), ()
+    return reached
 
 
 def score_game24(completion: str, row: dict, truncated: bool) -> dict[str, float]:
-    numbers, target = row["numbers"], row.get("target", 24)
+    target = row.get("target", 24)
     before, thought, rest, closed = split_thought(completion)
-    lines = [line for line in thought.split("\n") if line.strip()]
-    verdicts = Counter(verdict for verdict, _ in judge_lines(lines, numbers, target))
-    counted = len(lines) - verdicts["composing"]
+    reached = judge_lines(thought, row).values()
     answered = closed and "<answer>" in rest and "</answer>" in rest and not truncated
     answer = re.fullmatch(r"\s*<answer>([^<>]*)</answer>\s*", rest)
-    stray = re.search("<think>|</?answer>", thought) or before.removesuffix("<think>").strip()
+    stray = re.search("<think>|</?answer>", thought) or before.strip()
     outcome = length = 0.0
     if answered and answer and not stray:
         with suppress(ValueError):
             value, leaves = parse_expression(answer[1], target)
-            if sorted(leaves) == sorted(numbers):
+            if sorted(leaves) == sorted(row["numbers"]):
                 outcome = 1.0 if value == target else WELL_FORMED
-                length = length_reward(len(lines)) if value == target or not LENGTH_NEEDS_CORRECT else 0.0
-    process = verdicts["right"] / max(MIN_STEPS, counted)
+                length = length_reward(len(reached)) if value == target or not LENGTH_NEEDS_CORRECT else 0.0
+    counted = sum(state != () for state in reached)
+    process = sum(map(bool, reached)) / max(MIN_STEPS, counted)
     reward = OUTCOME_WEIGHT * outcome + PROCESS_WEIGHT * process + LENGTH_WEIGHT * length
     return {"reward": reward, "outcome": outcome, "process": process, "length": length, "correct": float(outcome == 1),
-            "answered": float(answered), "steps": float(counted), "lines": float(len(lines))}
+            "answered": float(answered), "steps": float(counted), "lines": float(len(reached))}
 
 
 def game24_line_rewards(completion: str, row: dict) -> list[float]:
@@ -210,14 +200,11 @@ def game24_line_rewards(completion: str, row: dict) -> list[float]:
     1: a right step after which the target can still be made, or a composing line; 0: a right step into a dead end;
     -1: a wrong or repeated line.
     """
-    numbers, target = row["numbers"], row.get("target", 24)
     before, thought, _, _ = split_thought(completion)
     rewards = [math.nan] * (completion.count("\n") + 1)
-    lines = {before.count("\n") + i: line for i, line in enumerate(thought.split("\n")) if line.strip()}
-    for place, (verdict, reached) in zip(lines, judge_lines(list(lines.values()), numbers, target)):
-        rewards[place] = {"composing": 1.0, "right": 0.0}.get(verdict, -1.0)
-        if verdict == "right" and solvable(tuple(sorted(map(Fraction, reached))), target):
-            rewards[place] = 1.0
+    for place, state in judge_lines(thought, row).items():
+        is_dead_end = state and not solvable(tuple(sorted(map(Fraction, state))), row.get("target", 24))
+        rewards[before.count("\n") + place] = -1.0 if state is None else float(not is_dead_end)
     return rewards
 
 
@@ -255,7 +242,7 @@ def split_verse(completion: str) -> tuple[str, str, list[str], float]:
     before, thought, rest, closed = split_thought(completion)
     if not closed:
         thought, rest = "", completion
-    pair = closed and bool(han(thought)) and not before.removesuffix("<think>").strip() and "<think>" not in thought
+    pair = closed and bool(han(thought)) and not before.strip() and "<think>" not in thought
     title = re.match(r"\s*《([^《》/\n]{1,20})》/", rest)
     verse = rest[title.end():] if title else rest
     lines = [line.strip() for line in re.split(r"[/\n]", verse)][:MAX_LINES]
