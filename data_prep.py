@@ -190,8 +190,8 @@ def prepare_game24(folder: Path, held_out: list[tuple]) -> dict:
                 rng.shuffle(numbers)
                 drawn = (write_trace(numbers, target, rng) for _ in range(1000))
                 trace = next(trace for trace in drawn if len(word.findall(trace)) <= MAX_TRACE_TOKENS)
-                traces[trace] = reward.hand_row(numbers)
-            rows += [{"prompt": reward.prompt(TASK, row), "completion": trace, **row} for trace, row in traces.items()]
+                traces[trace] = reward.question(TASK, " ".join(map(str, numbers)))
+            rows += [{"prompt": row["prompt"], "completion": trace, **row} for trace, row in traces.items()]
         rng.shuffle(rows)
         write_rows(folder / f"{name}.jsonl", rows)
         words = percentiles([len(word.findall(row["completion"])) for row in rows], 5, 50, 95, 100)

@@ -22,7 +22,6 @@ make up for text that is not verse.
 
 import ast
 import base64
-import csv
 import json
 import math
 import re
@@ -93,10 +92,6 @@ other_signs = str.maketrans("×÷−＋－＊／（）＝", "*/-+-*/()=")
 step_number = r"-?(?:0|[1-9][0-9]{0,8})(?:/[1-9][0-9]{0,8})?"
 step_state = rf"{step_number}(?:[ ,]+{step_number}){{0,3}}"
 step_line = re.compile(rf"(?:({step_state}|) ?\| ?)?({step_number}) ?([-+*/]) ?({step_number}) ?= ?({step_number})")
-
-
-def hand_row(numbers: list) -> dict:
-    return {"numbers": numbers} if TARGET == 24 else {"numbers": numbers, "target": TARGET}
 
 
 def hand_prompt(row: dict) -> str:
@@ -215,13 +210,11 @@ table = {}      # filled by use_data: rhymes, bigrams, known lines and typical l
 
 def use_data(task: str, folder: Path) -> None:
     """Loads what a task's reward needs from its data folder: table.json for lyrics, nothing for other tasks."""
-    if task != "lyrics":
-        return
-    loaded = json.loads(Path(folder, "table.json").read_text(encoding="utf-8"))
-    loaded["finals"] = {end: final for final, characters in loaded["finals"].items() for end in characters}
-    loaded["lines"] = set(memoryview(base64.b64decode(loaded["lines"])).cast("I"))
-    loaded["total"] = sum(loaded["characters"].values())
-    table.update(loaded)
+    if task == "lyrics":
+        table.update(json.loads(Path(folder, "table.json").read_text(encoding="utf-8")))
+        table["finals"] = {end: final for final, characters in table["finals"].items() for end in characters}
+        table["lines"] = set(memoryview(base64.b64decode(table["lines"])).cast("I"))      # CRC-32 of each known line
+        table["total"] = sum(table["characters"].values())
 
 
 def keywords_prompt(row: dict) -> str:
@@ -408,35 +401,32 @@ def question(task: str, text: str) -> dict:
         raise ValueError(f"questions can be typed for game24 and lyrics, not for {task}")
     row = {"keywords": words}
     if task == "game24":
-        row = hand_row([int(word) if re.fullmatch("[0-9]+", word) else word for word in words])
-    return {**row, "prompt": prompt(task, row)}
+        row = {"numbers": list(map(int, words))} | ({} if TARGET == 24 else {"target": TARGET})
+    return {"prompt": prompt(task, row), **row}
 
 
 def plain_row(row: dict) -> dict:
-    """A Dataset or pandas row in plain types: arrays become lists, target 24.0 becomes 24, None or NaN is dropped."""
+    """A Dataset or pandas row in plain types: arrays become lists, 24.0 becomes 24, None and NaN are left out."""
     row = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
-    target = row.pop("target", None)
-    if isinstance(target, float) and target.is_integer():
-        target = int(target)
-    return row if target is None or target != target else {**row, "target": target}
+    row = {name: int(value) if type(value) is float and value.is_integer() else value for name, value in row.items()}
+    return {name: value for name, value in row.items() if value is not None and value == value}
 
 
-def trl_rewards(task: str, completions: list, rows: list[dict]) -> list[float | None]:
-    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    scores = [score(task, text, plain_row(row)) for text, row in zip(texts, rows, strict=True)]
-    return [parts and parts["reward"] for parts in scores]
+def trl_rewards(task: str, completions: list, **columns) -> list[float | None]:
+    texts = [each if isinstance(each, str) else each[-1]["content"] for each in completions]
+    rows = [plain_row(dict(zip(columns, values))) for values in zip(*columns.values(), strict=True)]
+    return [(score(task, text, row) or {}).get("reward") for text, row in zip(texts, rows, strict=True)]
 
 
 def game24(prompts, completions, numbers, target=None, **kwargs) -> list[float | None]:
     """TRL `reward_funcs`: one reward per completion, None for an unusable row; `numbers` and `target` are columns."""
-    targets = [None] * len(completions) if target is None else target
-    rows = [{"numbers": hand, "target": goal} for hand, goal in zip(numbers, targets, strict=True)]
-    return trl_rewards("game24", completions, rows)
+    target = [None] * len(numbers) if target is None else target
+    return trl_rewards("game24", completions, numbers=numbers, target=target)
 
 
 def lyrics(prompts, completions, keywords, **kwargs) -> list[float | None]:
     """TRL `reward_funcs`, like game24, but call use_data first; `keywords` is a column."""
-    return trl_rewards("lyrics", completions, [{"keywords": words} for words in keywords])
+    return trl_rewards("lyrics", completions, keywords=keywords)
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None) -> dict[str, float]:
@@ -445,10 +435,10 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None) -> d
     `data_source` is the task; `ground_truth` is a row, its numbers or keywords, or JSON of it. ValueError if unusable.
     """
     truth = json.loads(ground_truth) if isinstance(ground_truth, str) else ground_truth
-    row = truth if isinstance(truth, dict) else {"keywords" if data_source == "lyrics" else "numbers": truth}
-    parts = score(data_source, solution_str, plain_row(row))
-    if parts is None:
-        raise ValueError(f"ground_truth must be four positive integers, or keywords for lyrics, not {ground_truth!r}")
+    name = "keywords" if data_source == "lyrics" else "numbers"
+    row = plain_row(truth if isinstance(truth, dict) else {name: truth})
+    prompt(data_source, row)        # raises ValueError if the row is unusable
+    parts = score(data_source, solution_str, row)
     total = parts.pop("reward")
     return {"score": total, "acc": total if data_source == "lyrics" else parts["correct"], **parts}
 
@@ -474,23 +464,17 @@ def read_rows(task: str, path: Path, *needs: str) -> list[dict]:
 
 
 def read_hands(path: Path) -> list[tuple[int, ...]]:
-    """Hands of a file, each sorted: lines of four numbers, or a csv with columns n1..n4 or a..d or cells like 4 5 6 10.
+    """Hands of a file, each sorted: a line is four numbers or, in a csv, has a cell like 4 5 6 10.
 
-    Exits, naming the first line with anything else.
+    Exits, naming the first line with anything else; the first one may have names of columns.
     """
-    hands, columns, four_numbers = [], [], re.compile(r"\s*[1-9][0-9]*(\s+[1-9][0-9]*){3}\s*")
+    hands, four_numbers = [], re.compile(r"\s*[1-9][0-9]*(\s+[1-9][0-9]*){3}\s*")
     for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
-        cells = next(csv.reader([line]), [])
-        if number == 1:
-            columns = [i for i, name in enumerate(cells) if re.fullmatch(r"\s*([A-Za-z]+_?[1-4]|[A-Da-d])\s*", name)]
-            if len(columns) == 4 or re.search(r"[^\W\d]{3}", line):       # a header
-                continue
-        if len(columns) == 4:
-            cells = [cells[i] for i in columns if i < len(cells)]
+        cells = line.replace('"', "").split(",")
         hand = next(filter(four_numbers.fullmatch, [*cells, " ".join(cells)]), None)
         if hand:
             hands.append(tuple(sorted(map(int, hand.split()))))
-        elif line.strip():
+        elif line.strip() and (number > 1 or not re.search(r"[^\W\d]{3}|^[a-z]\d?,[a-z]", line)):
             sys.exit(f"{path}:{number}: four positive integers are expected, not {line!r}")
     return list(dict.fromkeys(hands)) or sys.exit(f"{path}: no hand in it")
 

@@ -61,15 +61,15 @@ def test_hands_held_out_are_the_test_split_also_of_another_target(run, tmp_path)
 
 
 @pytest.mark.parametrize("lines", [
-    ["4,4,4,4", "6, 5, 3, 4"], ["\ufeff4\t4\t4\t4", " 6 5 3 4 "], ["rank,a,b,c,d", "1,4,4,4,4", "2,6,5,3,4"],
-    ["n1,n2,n3,n4,target", "4,4,4,4,24", "6,5,3,4,24"],
+    ["4,4,4,4", "6, 5, 3, 4"], ["\ufeff4\t4\t4\t4", " 6 5 3 4 "], ["a,b,c,d", "4,4,4,4", '"6","5","3","4"'],
+    ["n1,n2,n3,n4", "4,4,4,4", "6,5,3,4"], ["hand", "4 4 4 4", "6 5 3 4"],
     ["Rank,Puzzles,AMT (s),Solved rate,1-sigma Mean (s)", "1,4 4 4 4,4.4,99.2%,4.67", "2,6 5 3 4,4.7,99.0%,4.9"]])
 def test_forms_of_hands(tmp_path, lines):
     assert reward.read_hands(write(tmp_path / "hands.csv", *lines)) == [(4, 4, 4, 4), (3, 4, 5, 6)]
 
 
 @pytest.mark.parametrize("line", ["4 5 6", "4 5 6 x", "4 5 6 0", "4 5 6 7 8", "4 5 6 -7", "4,5,6,7.5", "4 5 6 ７",
-                                  "K Q J A", "10,Q,K,A"])
+                                  "K Q J A", "10,Q,K,A", "1,4,4,4,4", "a,2,3,4"])
 def test_lines_that_are_no_hand_are_named(tmp_path, line):
     for before in ([], ["4 4 4 4"]):
         with pytest.raises(SystemExit) as error:

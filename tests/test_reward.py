@@ -306,7 +306,7 @@ def test_verl_signature(truth):
 @pytest.mark.parametrize("task, truth", [
     ("game25", A), *(("game24", truth) for truth in (None, 24, [4, 5, 6], {}, "", "null", "[4, 5, 6]"))], ids=short)
 def test_verl_unusable_ground_truth(task, truth):
-    with pytest.raises((ValueError, KeyError), match="game25|ground_truth|Expecting value"):
+    with pytest.raises((ValueError, KeyError), match="game25|numbers must be|Expecting value"):
         reward.compute_score(task, WHOLE, truth)
 
 
