@@ -30,6 +30,7 @@ import re
 import shutil
 import sys
 import unicodedata
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from fractions import Fraction
@@ -240,7 +241,7 @@ def read_texts(files: list[Path]) -> Iterator[tuple[dict, str | None]]:
 
 
 def read_records(file: Path) -> Iterator[tuple[int, object]]:
-    """Line number and fields of each record in a file; None for a broken one. Undecodable bytes become U+FFFD."""
+    """Line (of a json array: place) and fields of each record; None for a broken one. Undecodable bytes are U+FFFD."""
     data, kind = file.read_bytes(), file.suffix.lower()
     encodings = ["utf-16"] if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ["utf-8-sig", "gb18030", "big5hkscs"]
     encoding = max(encodings, key=lambda name: count_common(data[:2**18].decode(name, "replace")))
@@ -480,7 +481,7 @@ def han_lines(row: dict) -> list[str]:
 
 
 def line_codes(row: dict) -> set[int]:
-    return {reward.line_code(line) for line in han_lines(row) if len(line) >= reward.LINE_HAN}
+    return {zlib.crc32(line.encode()) for line in han_lines(row) if len(line) >= reward.LINE_HAN}
 
 
 def as_completion(row: dict) -> str:
@@ -577,7 +578,7 @@ def text_table(train: list[dict], thoughts: list[str], val: list[dict], classes:
     return {"finals": classes, "characters": characters, "bigrams": dict(bigrams),
             "lines": base64.b64encode(b"".join(code.to_bytes(4, "little") for code in codes)).decode(),
             "fluency": [low, high], "rhyme_chance": sum(chance) / len(chance),
-            "pair_share": percentiles(map(reward.pair_share, texts), 5)[0],
+            "pair_share": percentiles([reward.distinct_share(dict.fromkeys(lines), 2) for lines in texts], 5)[0],
             "line_count": percentiles(map(len, texts), 2, 98),
             "line_chars": percentiles([sum(map(len, lines)) / len(lines) for lines in texts], 2, 98),
             "thought_chars": percentiles([len(reward.han(thought)) for thought in thoughts], 0, 100)}

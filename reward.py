@@ -27,7 +27,7 @@ import math
 import re
 import sys
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from contextlib import suppress
 from fractions import Fraction
 from functools import cache
@@ -108,9 +108,7 @@ def solvable(numbers: tuple, target: int) -> bool:
     """Whether the numbers (sorted, for the cache), each used once, can make the target."""
     if len(numbers) == 1:
         return numbers[0] == target
-    for i, j in permutations(range(len(numbers)), 2):
-        a, b = numbers[i], numbers[j]
-        others = [number for k, number in enumerate(numbers) if k not in (i, j)]
+    for a, b, *others in permutations(numbers):
         results = {a + b, a * b, a - b} | ({Fraction(a, b)} if b else set())
         if any(solvable(tuple(sorted([*others, result])), target) for result in results):
             return True
@@ -270,19 +268,14 @@ def fluency(lines: list[str]) -> float:
     return sum(gains) / len(gains) if gains else -math.inf
 
 
-def pair_share(lines: list[str]) -> float:
-    """Share of distinct pairs among pairs of adjacent characters in distinct lines: low for babble (打打翻打打翻)."""
-    pairs = [pair for line in dict.fromkeys(lines) for pair in pairwise(line)]
-    return len(set(pairs)) / max(1, len(pairs))
+def distinct_share(lines: list[str], n: int) -> float:
+    """Share of distinct ones among the n-grams of characters in lines: of pairs, low for babble (打打翻打打翻)."""
+    grams = [line[i:i + n] for line in lines for i in range(len(line) - n + 1)]
+    return len(set(grams)) / max(1, len(grams))
 
 
-def line_code(line: str) -> int:
-    """Hash of a line's Chinese characters; known lines are stored as these hashes."""
-    return zlib.crc32(han(line).encode())
-
-
-def without_keywords(line: str, row: dict) -> str:
-    return re.sub("|".join(map(re.escape, row["keywords"])) or "$", "", line)
+def without(words: list[str], line: str) -> str:
+    return re.sub("|".join(map(re.escape, words)), "", line)
 
 
 def repeated_lines(rows: list[dict], completions: list[str]) -> set[str]:
@@ -290,11 +283,10 @@ def repeated_lines(rows: list[dict], completions: list[str]) -> set[str]:
 
     `score` counts the lines in row["repeated_lines"] as copied.
     """
-    prompts = defaultdict(set)
-    for row, completion in zip(rows, completions):
-        for line in map(han, split_verse(completion)[2]):
-            prompts[without_keywords(line, row)].add(row["prompt"])
-    return {line for line, found in prompts.items() if len(line) >= MIN_OTHER_HAN and len(found) > 1}
+    found = {(without(row["keywords"], line), row["prompt"]) for row, completion in zip(rows, completions)
+             for line in map(han, split_verse(completion)[2])}
+    prompts = Counter(line for line, _ in found)
+    return {line for line, count in prompts.items() if len(line) >= MIN_OTHER_HAN and count > 1}
 
 
 def between(value: float, zero: float, one: float) -> float:
@@ -307,7 +299,7 @@ def keyword_coverage(lines: list[str], keywords: list[str]) -> float:
     covered = set()
     for line in lines:
         present = [word for word in keywords if word in line]
-        others = len(re.sub("|".join(map(re.escape, present)), "", line))
+        others = len(without(present, line))
         if len(present) > MAX_KEYWORDS_IN_LINE or not others:
             return 0.0
         if others >= MIN_OTHER_HAN:
@@ -337,14 +329,13 @@ def score_lyrics(completion: str, row: dict, truncated: bool) -> dict[str, float
              "rhyme": between(rhyming, chance, max(RHYME_GOAL, chance + 0.1)),
              "parallel": parallel_share(texts)}
     letters = sum(map(str.isalnum, "".join(lines)))
-    fours = [line[i:i + 4] for line in distinct for i in range(len(line) - 3)]
     different_lines = between(len(distinct) / max(1, count), 0.3, 0.6)
-    different_fours = between(len(set(fours)) / max(1, len(fours)), 0.5, 0.75)
-    different_pairs = between(pair_share(distinct), 0.6 * table["pair_share"], 0.95 * table["pair_share"])
+    different_fours = between(distinct_share(distinct, 4), 0.5, 0.75)
+    different_pairs = between(distinct_share(distinct, 2), 0.6 * table["pair_share"], 0.95 * table["pair_share"])
     commonest_end = max(Counter(line[-1] for line in distinct).values(), default=0)
     long_lines = [line for line in distinct if len(line) >= LINE_HAN]
-    copied = [line for line in long_lines if line_code(line) in table["lines"]
-              or without_keywords(line, row) in row.get("repeated_lines", ())]
+    copied = [line for line in long_lines if zlib.crc32(line.encode()) in table["lines"]
+              or without(row["keywords"], line) in row.get("repeated_lines", ())]
     copied = len(copied) / max(1, len(long_lines))
     gates = {"finished": float(bool(texts) and not truncated),
              "chinese": between(characters / letters, 0.6, 0.9) if letters else 0.0,
