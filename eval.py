@@ -270,10 +270,9 @@ def distil(path: str, data: Path, constants: dict) -> None:
     completed = complete_rows(*load_policy(path), rows, range(1, DISTIL + 1))
     kept = {row["prompt"]: {} for row in rows}
     for row in sorted(completed, key=lambda row: row["tokens"]):
-        of_prompt = kept[row["prompt"]]
-        if row["correct"] and len(of_prompt) < DISTIL_KEEP:
-            of_prompt[row["completion"]] = row
-    samples = [row for of_prompt in kept.values() for row in of_prompt.values()]
+        if row["correct"]:
+            kept[row["prompt"]][row["completion"]] = row
+    samples = [row for distinct in kept.values() for row in list(distinct.values())[:DISTIL_KEEP]]
     if not samples:
         sys.exit(f"none of {len(completed)} completions of {path} is right: there is nothing to learn from")
     with atomic_write(folder / "train.jsonl") as file:
@@ -298,7 +297,8 @@ def summarise(completed: list[dict]) -> dict:
     def values(name, rows=sampled):        # (samples, prompts)
         return numpy.array([c.get(name, numpy.nan) for c in rows]).reshape(-1, prompts)
 
-    columns = {name: values(name) for c in sampled for name, value in c.items() if isinstance(value, float)}
+    names = dict.fromkeys(name for c in sampled for name, value in c.items() if isinstance(value, float))
+    columns = {name: values(name) for name in names}
     columns |= {"accuracy": values("correct"), "unfinished": 1 - values("answered"), "mean_tokens": values("tokens"),
                 "wrong": values("answered") - values("correct"), f"pass@{SAMPLES}": values("correct").max(0),
                 "greedy_accuracy": values("correct", greedy)}
@@ -393,8 +393,7 @@ def verse_metrics(completed: dict[str, list[dict]], data: Path, model, tokenizer
         texts = [verse(row["completion"]) for row in rows if row["sample"] == 1]
         values = metrics[name] = {"self_bleu": self_bleu(texts)}
         for n in (1, 2):
-            grams = [text[i:i + n] for text in map(reward.han, texts) for i in range(len(text) - n + 1)]
-            values[f"distinct_{n}"] = len(set(grams)) / max(1, len(grams))
+            values[f"distinct_{n}"] = reward.distinct_share(list(map(reward.han, texts)), n)
         verses = [[line for line in map(reward.han, text.split("\n")) if line] for text in texts]
         lines = [line for verse_lines in verses for line in verse_lines]
         shuffled = iter(random.Random(SEED).sample(lines, len(lines)))
