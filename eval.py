@@ -300,8 +300,8 @@ def summarise(completed: list[dict]) -> dict:
     names = dict.fromkeys(name for c in sampled for name, value in c.items() if isinstance(value, float))
     columns = {name: values(name) for name in names}
     columns |= {"accuracy": values("correct"), "unfinished": 1 - values("answered"), "mean_tokens": values("tokens"),
-                "wrong": values("answered") - values("correct"), f"pass@{SAMPLES}": values("correct").max(0),
-                "greedy_accuracy": values("correct", greedy)}
+                "wrong": values("answered") - values("correct"), "greedy_accuracy": values("correct", greedy),
+                f"pass@{len(sampled) // prompts}": values("correct").max(0)}
     summary = {"n": len(sampled), "prompts": prompts}
     for name, column in columns.items():
         if not numpy.isnan(column).all():       # human texts have no token counts, and none is greedy
