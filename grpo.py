@@ -308,25 +308,22 @@ def rollout(model, prompt_ids: list[list[int]], *, max_new_tokens: int, temperat
     completions = torch.zeros(count, max_new_tokens, dtype=torch.long, device=device)
     token_logprobs = torch.zeros(count, max_new_tokens, device=device)
     rows = torch.arange(count, device=device)                    # the completion that each row of the cache writes
-    finished = torch.zeros(count, dtype=torch.bool, device=device)
     model.eval()
     model.set_attn_implementation("sdpa")                        # faster than eager for one token per row
     try:
         logits = forward(model, cache, input_ids)
         for step in range(max_new_tokens):
-            tokens, token_logprobs[rows, step] = sample(logits, uniform[rows, step], temperature, top_p)
-            completions[rows, step] = tokens
-            finished |= torch.isin(tokens, eos)
+            sampled = sample(logits, uniform[rows, step], temperature, top_p)
+            completions[rows, step], token_logprobs[rows, step] = sampled
             if step % DECODE_CHECK == 0:
-                unfinished = int((~finished).sum())
-                if unfinished == 0:
+                unfinished = (~torch.isin(completions[rows, :step + 1], eos).any(1)).nonzero()[:, 0]
+                if len(unfinished) == 0:
                     break
-                if unfinished <= DECODE_SHRINK * len(rows):
-                    kept = (~finished).nonzero()[:, 0]
-                    rows, finished, tokens = rows[kept], finished[kept], tokens[kept]
-                    cache.keep(kept)
+                if len(unfinished) <= DECODE_SHRINK * len(rows):
+                    rows = rows[unfinished]
+                    cache.keep(unfinished)
             if step + 1 < max_new_tokens:
-                cache.next_ids[:len(rows)] = tokens
+                cache.next_ids[:len(rows)] = completions[rows, step]
                 logits = decode(model, cache, width + step)
     finally:
         model.train(was_training)
