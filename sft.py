@@ -287,23 +287,20 @@ def completion_logprobs(model, input_ids, loss_mask, temperature: float = 1.0, e
     input_ids (B, T) is padded on the right, which needs no attention mask under causal attention. Only the positions of
     loss_mask (B, T-1) reach the output layer, HEAD_CHUNK at a time; the backward pass recomputes their logits.
     """
-    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-
     def of_chunk(hidden, targets):
-        logprobs = torch.log_softmax(causal_lm.lm_head(hidden).float() / temperature, -1)
+        logprobs = torch.log_softmax(model.lm_head(hidden).float() / temperature, -1)
         with torch.set_grad_enabled(entropy_has_gradient and torch.is_grad_enabled()):
             entropy = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs.gather(1, targets[:, None])[:, 0], entropy
 
     with torch.autocast(DEVICE, torch.bfloat16, enabled=bool(BF16)):
-        hidden = causal_lm.model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1][loss_mask]
+        hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1][loss_mask]
         targets = input_ids[:, 1:][loss_mask]
         chunks = []
         for chunk in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK)):
             recompute = torch.is_grad_enabled() and len(targets) > HEAD_CHUNK
             chunks.append(checkpoint(of_chunk, *chunk, use_reentrant=False) if recompute else of_chunk(*chunk))
-    zeros = torch.zeros(loss_mask.shape, device=loss_mask.device)
-    return [zeros.masked_scatter(loss_mask, torch.cat(values)) for values in zip(*chunks)]
+    return [loss_mask.float().masked_scatter(loss_mask, torch.cat(values)) for values in zip(*chunks)]
 
 
 def collate(samples: list[tuple[list[int], int]]) -> tuple[torch.Tensor, torch.Tensor]:
