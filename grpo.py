@@ -500,7 +500,10 @@ def main() -> None:
         save_checkpoint(folder, run, saved_parameters, [optimizer])
 
     writer.close()
-    write_policy(folder, model, tokenizer, parameters)
+    # the best policy, in the format of transformers or peft, for the next stage
+    set_weights(parameters, load_tensors(folder / "best.pt") or sys.exit(f"delete {folder} to train again"))
+    model.save_pretrained(folder, save_embedding_layers=False)      # for peft: none is trained; transformers ignores it
+    tokenizer.save_pretrained(folder)
     summary = {"steps": run["step"], "best_step": run["best_step"], f"best_val_{BEST_BY}": run["best"],
                f"last_val_{BEST_BY}": run["last"], "skipped": run["skipped"], "seconds": run["seconds"]}
     write_json(folder / "summary.json", summary)
@@ -767,13 +770,6 @@ def load_tensors(path: Path):
 def set_weights(parameters: list, weights: list) -> None:
     for parameter, saved in zip(parameters, weights, strict=True):
         parameter.data.copy_(saved)
-
-
-def write_policy(folder: Path, model, tokenizer, parameters: list) -> None:
-    """Writes the weights of best.pt in the format of transformers or peft: the policy for the next stage."""
-    set_weights(parameters, load_tensors(folder / "best.pt") or sys.exit(f"delete {folder} to train again"))
-    model.save_pretrained(folder, save_embedding_layers=False)      # for peft: none is trained; transformers ignores it
-    tokenizer.save_pretrained(folder)
 
 
 # ---- constants and run folders: the same in every script ------------------------------------------------------------

@@ -136,7 +136,7 @@ def test_a_choice_that_there_is_not_is_refused_before_a_run_is_touched(run, tmp_
 
 DIFFERENT = {"main", "summarise", "evaluate"}      # of one name in several scripts, but different on purpose
 EXPECTED = {"configure", "open_run", "atomic_write", "sha256", "load_model", "encode_prompt", "completion_logprobs",
-            "collate", "micro_batches", "halve_on_oom", "save_checkpoint", "load_checkpoint", "write_policy"}
+            "collate", "micro_batches", "halve_on_oom", "save_checkpoint", "load_checkpoint"}
 
 
 def test_repeated_blocks_are_equal():
