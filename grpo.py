@@ -373,9 +373,8 @@ def main() -> None:
     reference = [parameter.detach().clone() for parameter in parameters] if BETA else []
     make_optimizer = AdamW8bit if LORA_RANK else torch.optim.AdamW
     optimizer = make_optimizer(parameters, lr=LR, betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY)
-    run = {"step": -1, "running_mean": None, "running_std": None, "line_mean": None, "line_std": None,
-           "best": -math.inf, "last": 0.0, "best_step": 0, "first_distinct_2": 0.0, "evaluations_since_best": 0,
-           "skipped": 0, "seconds": 0.0}
+    run = {"step": -1, "running": [None, None], "running_of_lines": [None, None], "best": -math.inf, "best_step": 0,
+           "last": 0.0, "first_distinct_2": 0.0, "evaluations_since_best": 0, "skipped": 0, "seconds": 0.0}
     saved_parameters = parameters + (reference if REFERENCE_EVERY else [])
     load_checkpoint(folder, run, saved_parameters, [optimizer])
     vocabulary = [[token] for token in range(model.get_input_embeddings().num_embeddings)]
@@ -417,8 +416,8 @@ def main() -> None:
             momentum = 0.0         # for the other baselines; also used for the lines
             if BASELINE == "momentum":
                 momentum = min(MOMENTUM_MAX, MOMENTUM_MIN + MOMENTUM_STEP * (step - 1))
-                advantages, run["running_mean"], run["running_std"] = momentum_advantages(
-                    rewards, run["running_mean"], run["running_std"], momentum)
+                advantages, *run["running"] = momentum_advantages(rewards, *run["running"], momentum)
+                log |= {"momentum": momentum, "running_mean": run["running"][0], "running_std": run["running"][1]}
             elif BASELINE == "rft":
                 advantages = torch.tensor([each["scores"]["correct"] for each in completions]).double().view_as(rewards)
             else:
@@ -428,15 +427,13 @@ def main() -> None:
                 lines = [reward.LINE_REWARDS[TASK](each["text"], each["row"]) for each in completions]
                 lines = list(map(torch.DoubleTensor, lines))
                 lines = torch.nn.utils.rnn.pad_sequence(lines, batch_first=True, padding_value=math.nan)
-                line_advantages, run["line_mean"], run["line_std"] = momentum_advantages(
-                    lines.view(len(rewards), -1), run["line_mean"], run["line_std"], momentum)
+                line_advantages, *run["running_of_lines"] = momentum_advantages(
+                    lines.view(len(rewards), -1), *run["running_of_lines"], momentum)
                 line_advantages = line_advantages.view_as(lines)
                 places = line_of_token(input_ids, loss_mask, newlines).clamp(max=lines.shape[1] - 1)
                 token_advantages = token_advantages + line_advantages.gather(1, places.cpu())
             std = group_statistics(rewards)[1]
             log |= {"reward_std": std.mean().item(), "zero_variance": (std == 0).double().mean().item()}
-            if BASELINE == "momentum":
-                log |= {"momentum": momentum, "running_mean": run["running_mean"], "running_std": run["running_std"]}
 
             # 4 old and reference log-probs. With one update per rollout the old ones are the new ones
             clock = time.time()
@@ -454,8 +451,7 @@ def main() -> None:
 
             # 5 clipped update
             decay = 1 - (1 - MIN_LR) * max(0, step - WARMUP) / max(1, STEPS - WARMUP)
-            for group in optimizer.param_groups:
-                group["lr"] = log["lr"] = LR * min(step / max(1, WARMUP), decay)
+            optimizer.param_groups[0]["lr"] = log["lr"] = LR * min(step / max(1, WARMUP), decay)
             for _ in range(UPDATES_PER_ROLLOUT):
                 metrics = halve_on_oom("MICRO_BATCH_TOKENS", accumulate_gradient, model, tensors)
                 log["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, GRAD_CLIP).item()
