@@ -174,15 +174,6 @@ def aggregate_tokens(values: torch.Tensor, mask: torch.Tensor, aggregate) -> tor
     return values.sum() / (len(mask) * aggregate)
 
 
-def line_of_token(input_ids: torch.Tensor, loss_mask: torch.Tensor, newlines: torch.Tensor) -> torch.Tensor:
-    """The line (B, T-1) of its completion that each token of input_ids[:, 1:] is in; a newline is in the line it ends.
-
-    newlines (V,) is the number of newlines in each token of the vocabulary.
-    """
-    passed = newlines[input_ids[:, 1:]] * loss_mask
-    return passed.cumsum(1) - passed
-
-
 # ---- rollout --------------------------------------------------------------------------------------------------------
 
 
@@ -377,9 +368,8 @@ def main() -> None:
            "last": 0.0, "first_distinct_2": 0.0, "evaluations_since_best": 0, "skipped": 0, "seconds": 0.0}
     saved_parameters = parameters + (reference if REFERENCE_EVERY else [])
     load_checkpoint(folder, run, saved_parameters, [optimizer])
-    vocabulary = [[token] for token in range(model.get_input_embeddings().num_embeddings)]
-    texts = tokenizer.batch_decode(vocabulary, skip_special_tokens=True) if CREDIT == "steps" else ()
-    newlines = torch.tensor([text.count("\n") for text in texts], device=DEVICE)
+    vocabulary = range(model.get_input_embeddings().num_embeddings if CREDIT == "steps" else 0)
+    newlines_of_token = torch.tensor([tokenizer.decode([token]).count("\n") for token in vocabulary], device=DEVICE)
     writer = SummaryWriter(folder / "tensorboard", purge_step=run["step"] + 1)
     began = time.time() - run["seconds"]
     # prompts in random order, epoch after epoch; a step takes a fixed number, so a resumed run skips those before it
@@ -430,7 +420,8 @@ def main() -> None:
                 line_advantages, *run["running_of_lines"] = momentum_advantages(
                     lines.view(len(rewards), -1), *run["running_of_lines"], momentum)
                 line_advantages = line_advantages.view_as(lines)
-                places = line_of_token(input_ids, loss_mask, newlines).clamp(max=lines.shape[1] - 1)
+                newlines = newlines_of_token[input_ids[:, 1:]] * loss_mask
+                places = (newlines.cumsum(1) - newlines).clamp(max=lines.shape[1] - 1)     # a newline ends its own line
                 token_advantages = token_advantages + line_advantages.gather(1, places.cpu())
             std = group_statistics(rewards)[1]
             log |= {"reward_std": std.mean().item(), "zero_variance": (std == 0).double().mean().item()}
