@@ -346,8 +346,7 @@ def main() -> None:
         if constants[name] not in allowed:
             sys.exit(f"{name} must be one of {', '.join(allowed)}, not {constants[name]!r}")
     if GROUP_SIZE < 2 or TEMPERATURE <= 0 or min(STEPS, EVAL_EVERY, EVAL_SAMPLES, PATIENCE) < 1:
-        sys.exit("GROUP_SIZE must be at least 2, TEMPERATURE above 0; STEPS, EVAL_EVERY, EVAL_SAMPLES and PATIENCE "
-                 "must be at least 1")
+        sys.exit("needed: GROUP_SIZE >= 2, TEMPERATURE > 0, and STEPS, EVAL_EVERY, EVAL_SAMPLES, PATIENCE >= 1")
     model, tokenizer = load_model(SFT)
     train = list({row["prompt"]: row for row in train}.values())         # many SFT samples share a prompt
     for row in train + val:
@@ -482,8 +481,7 @@ def main() -> None:
                         logged["line_advantages"] = line_advantages[i].tolist()
                     file.write(json.dumps(logged, ensure_ascii=False) + "\n")
         if step == 1 and log["truncated"] > 0.5:
-            tqdm.write(f"{log['truncated']:.0%} of the completions are cut off at MAX_NEW_TOKENS={MAX_NEW_TOKENS}: the "
-                       "limit decides the rewards, not the model; raise it")
+            tqdm.write(f"{log['truncated']:.0%} of the completions are cut off: raise MAX_NEW_TOKENS={MAX_NEW_TOKENS}")
         save_checkpoint(folder, run, saved_parameters, [optimizer])
 
     writer.close()
@@ -688,10 +686,9 @@ def load_model(path: str):
     if TINY != getattr(model.config, "tiny", False):
         sys.exit(f"the constants are for MODEL={MODEL}, but {path} is {'not ' if TINY else ''}a tiny model: set MODEL= "
                  "to the model that it was trained from")
+    # else the first rollout would repack the 4-bit weights, for good, into a form that has no gradient
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # else the first rollout would repack the 4-bit weights, for good, into a form that has no gradient
-            module.support_avx512bf16_for_cpu = False
+        module.support_avx512bf16_for_cpu = False
     if is_adapter:
         model = PeftModel.from_pretrained(model, path, is_trainable=True)
     elif LORA_RANK:

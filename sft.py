@@ -251,8 +251,8 @@ def main() -> None:
             if math.isfinite(grad_norm):        # a NaN would stay in Adam's moments for good
                 optimizer.step()
         run["skipped"] += not math.isfinite(grad_norm)
-        tokens = run["tokens"] + sum(len(ids) for ids, _ in batch)
-        run |= {"step": step, "tokens": tokens, "seconds": time.time() - began}
+        run["tokens"] += sum(len(ids) for ids, _ in batch)
+        run |= {"step": step, "seconds": time.time() - began}
         log = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": SFT_LR * learning_rate(step, steps),
                "skipped": run["skipped"], "tokens": run["tokens"], "tokens_per_s": run["tokens"] / run["seconds"],
                "seconds": run["seconds"], "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
@@ -370,10 +370,9 @@ def load_model(path: str):
     if TINY != getattr(model.config, "tiny", False):
         sys.exit(f"the constants are for MODEL={MODEL}, but {path} is {'not ' if TINY else ''}a tiny model: set MODEL= "
                  "to the model that it was trained from")
+    # else the first rollout would repack the 4-bit weights, for good, into a form that has no gradient
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # else the first rollout would repack the 4-bit weights, for good, into a form that has no gradient
-            module.support_avx512bf16_for_cpu = False
+        module.support_avx512bf16_for_cpu = False
     if is_adapter:
         model = PeftModel.from_pretrained(model, path, is_trainable=True)
     elif LORA_RANK:
