@@ -150,17 +150,16 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, loss_mask, *, cl
     a number n divides the sum by B * n (Dr. GRPO). ref_logprobs may be None if beta is 0.
     """
     mask = loss_mask.to(logprobs.dtype)
-    tokens = mask.sum().clamp(min=1)
     ratio = torch.exp(logprobs - old_logprobs)
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     token_loss = -torch.min(unclipped, clipped)
-    metrics = {"clip_fraction": ((clipped < unclipped) * mask).sum() / tokens,
-               "ratio_error": ((ratio - 1).abs() * mask).sum() / tokens}
+    metrics = {"clip_fraction": aggregate_tokens(clipped < unclipped, mask, "token"),
+               "ratio_error": aggregate_tokens((ratio - 1).abs(), mask, "token")}
     if beta:
         difference = (ref_logprobs - logprobs) * mask
         k3 = torch.exp(difference) - difference - 1
         token_loss = token_loss + beta * k3
-        metrics["kl"] = (k3 * mask).sum() / tokens
+        metrics["kl"] = aggregate_tokens(k3, mask, "token")
     return aggregate_tokens(token_loss, mask, aggregate), {name: value.detach() for name, value in metrics.items()}
 
 

@@ -227,9 +227,8 @@ def main() -> None:
     if max(lengths) > model.config.max_position_embeddings:
         sys.exit(f"the longest sample has {max(lengths)} tokens, but {INIT_FROM} knows only "
                  f"{model.config.max_position_embeddings} positions: lower MAX_TOKENS={MAX_TOKENS}")
-    steps = SFT_STEPS
-    if MAX_EPOCHS:
-        steps = min(steps, MAX_EPOCHS * len(epoch_batches(lengths, f"{SEED} 0")))
+    batches_per_epoch = len(epoch_batches(lengths, f"{SEED} 0"))
+    steps = min(SFT_STEPS, MAX_EPOCHS * batches_per_epoch) if MAX_EPOCHS else SFT_STEPS
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizers = make_optimizers(model)
     print(f"{sum(p.numel() for p in parameters):,} of {model.num_parameters():,} parameters train for {steps} steps")
