@@ -108,12 +108,12 @@ def momentum_advantages(rewards: torch.Tensor, running_mean: float | None, runni
     """Advantages (P, G) of rewards (P, G), and the running mean and std after this step (report, eq. 2-4).
 
     For each prompt mean = momentum * running_mean + (1 - momentum) * mean of its group, std likewise (unbiased, as in
-    TRL), and A = (reward - mean) / (std + 1e-4). Afterwards the running values are updated, with the same
-    momentum, by the average over the prompts, so the order of the prompts does not matter. Momentum 0 is plain GRPO.
-    The first step has no running values (None) and uses its own. A NaN reward is ignored and has advantage 0.
+    TRL), and A = (reward - mean) / (std + 1e-4). Afterwards the running values are updated, with the same momentum, by
+    the average over the prompts, so the order of the prompts does not matter. Momentum 0 is plain GRPO. A NaN reward is
+    ignored and has advantage 0. Without running values (None at first, NaN after nothing but NaN) a step uses its own.
     """
     mean, std = group_statistics(rewards)
-    if running_mean is None:
+    if running_mean is None or math.isnan(running_mean):
         running_mean, running_std = mean.nanmean().item(), std.nanmean().item()
     prompt_mean = momentum * running_mean + (1 - momentum) * mean
     prompt_std = momentum * running_std + (1 - momentum) * std

@@ -289,9 +289,12 @@ def test_baselines_are_those_of_trl():
         assert not actual[1].any(), "the mean of seven times 0.7 has a rounding error, which must not be normalised"
     expected, stds[3] = grpo.baseline_advantages(rewards, "group"), 0.0        # of a group of one
     for momentum in (0.0, 0.2):        # the first step takes its own mean and std, and momentum 0 is plain GRPO
-        advantages, *running = grpo.momentum_advantages(rewards, None, None, momentum)
-        assert torch.equal(advantages, expected) == (momentum == 0)
-        assert_close(running, [means.nanmean(), stds.nanmean()])
+        nothing, *none = grpo.momentum_advantages(torch.full((2, 3), NAN), None, None, momentum)
+        assert not nothing.any()
+        for start in ((None, None), none):
+            advantages, *running = grpo.momentum_advantages(rewards, *start, momentum)
+            assert torch.equal(advantages, expected) == (momentum == 0)
+            assert_close(running, [means.nanmean(), stds.nanmean()])
 
 
 def gradients(model):
