@@ -53,7 +53,7 @@ THREADS = torch.get_num_threads()
 # Model
 LORA_RANK = 0 if TINY else 32          # on all linear layers; 0: train all weights
 LORA_ALPHA = 64                        # the update is scaled by LORA_ALPHA / LORA_RANK
-LOAD_4BIT = 1 if LORA_RANK else 0      # NF4 with double quantisation; 0: bf16 on a GPU, fp32 on a CPU
+LOAD_4BIT = 1 if LORA_RANK else 0      # NF4 with double quantisation; 0: bf16 for LoRA on a GPU, else fp32
 BF16 = int(torch.cuda.is_bf16_supported(False) if DEVICE == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported())
 GRADIENT_CHECKPOINTING = 0 if TINY else 1        # recompute activations: less memory, a third more time
 # Training
@@ -287,7 +287,7 @@ def completion_logprobs(model, input_ids, loss_mask, temperature: float = 1.0, e
     """Log-probs (B, T-1) of the tokens input_ids[:, 1:] at a temperature, 0 outside loss_mask; entropies likewise.
 
     input_ids (B, T) is padded on the right, which needs no attention mask under causal attention. Only the positions of
-    loss_mask (B, T-1) reach the output layer, HEAD_CHUNK at a time; the backward pass recomputes their logits.
+    loss_mask (B, T-1) reach the output layer, HEAD_CHUNK at a time; with more, the backward pass recomputes the logits.
     """
     def of_chunk(hidden, targets):
         logprobs = torch.log_softmax(model.lm_head(hidden).float() / temperature, -1)
