@@ -369,14 +369,16 @@ def load_model(path: str):
     if TINY != getattr(model.config, "tiny", False):
         sys.exit(f"the constants are for MODEL={MODEL}, but {path} is {'not ' if TINY else ''}a tiny model: set MODEL= "
                  "to the model that it was trained from")
-    # else the first rollout would repack the 4-bit weights, for good, into a form that has no gradient
-    for module in model.modules():
-        module.support_avx512bf16_for_cpu = False
     if is_adapter:
         model = PeftModel.from_pretrained(model, path, is_trainable=True)
     elif LORA_RANK:
         model = get_peft_model(model, LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=0.0,
                                                  target_modules="all-linear", task_type="CAUSAL_LM"))
+    for module in model.modules():
+        # else the first rollout would repack the 4-bit weights, for good, into a form that has no gradient
+        module.support_avx512bf16_for_cpu = False
+        if isinstance(module, torch.nn.Dropout):        # of an adapter from elsewhere: log-probs would be random
+            module.p = 0.0
     if GRADIENT_CHECKPOINTING:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model, tokenizer

@@ -475,6 +475,7 @@ def test_the_loop_starts_on_policy_and_at_kl_0(monkeypatch, policy_folders, tmp_
     if weights == "adapter":          # the policy of SFT is an adapter
         model, tokenizer = load(monkeypatch, policy)
         policy = tmp_path / "adapter"
+        model.peft_config["default"].lora_dropout = 0.3        # as adapters from elsewhere may have
         model.save_pretrained(policy)
         tokenizer.save_pretrained(policy)
     for name, last in (("train", 4), ("val", 5)):
