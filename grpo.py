@@ -527,9 +527,7 @@ def summarise(completions: list[dict]) -> dict[str, float]:
 
 def distinct_2(texts: list[str]) -> float:
     """Share of distinct pairs among all pairs of adjacent characters in the answers: falls with diversity."""
-    answers = [re.sub(r"\W", "", text.rpartition("</think>")[2]) for text in texts]
-    pairs = [answer[i:i + 2] for answer in answers for i in range(len(answer) - 1)]
-    return len(set(pairs)) / max(1, len(pairs))
+    return reward.distinct_share([re.sub(r"\W", "", text.rpartition("</think>")[2]) for text in texts], 2)
 
 
 def swap_weights(parameters: list, others: list) -> None:
@@ -748,7 +746,7 @@ def load_tensors(path: Path):
     with contextlib.suppress(zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
         if zipfile.ZipFile(path).testzip() is None:
             return torch.load(path, map_location=DEVICE, weights_only=True)
-    print(f"{path} is damaged and not used")
+    print(f"{path} is missing or damaged")
     return None
 
 

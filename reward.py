@@ -87,7 +87,7 @@ def parse_expression(text: str, target: int = 24) -> tuple[Fraction, list[int]]:
 
 signs = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 operations = {"+": Fraction.__add__, "-": Fraction.__sub__, "*": Fraction.__mul__, "/": Fraction.__truediv__}
-other_signs = str.maketrans("×÷−＋－＊／（）＝", "*/-+-*/()=")
+other_signs = str.maketrans("×÷−＋－＊／（）＝｜", "*/-+-*/()=|")
 # in a step: an integer, or a fraction such as 8/3; a state has up to four of them
 step_number = r"-?(?:0|[1-9][0-9]{0,8})(?:/[1-9][0-9]{0,8})?"
 step_state = rf"{step_number}(?:[ ,]+{step_number}){{0,3}}"

@@ -432,7 +432,7 @@ def load_tensors(path: Path):
     with contextlib.suppress(zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
         if zipfile.ZipFile(path).testzip() is None:
             return torch.load(path, map_location=DEVICE, weights_only=True)
-    print(f"{path} is damaged and not used")
+    print(f"{path} is missing or damaged")
     return None
 
 
