@@ -742,7 +742,7 @@ def load_checkpoint(folder: Path, run: dict, parameters: list, optimizers: list)
 
 
 def load_tensors(path: Path):
-    """What torch.save wrote; None if it is damaged, by the zip's checksums, which torch.load does not check."""
+    """What torch.save wrote; None if missing or damaged, by the zip's checksums, which torch.load does not check."""
     with contextlib.suppress(zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
         if zipfile.ZipFile(path).testzip() is None:
             return torch.load(path, map_location=DEVICE, weights_only=True)

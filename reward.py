@@ -392,7 +392,8 @@ def question(task: str, text: str) -> dict:
         raise ValueError(f"questions can be typed for game24 and lyrics, not for {task}")
     row = {"keywords": words}
     if task == "game24":
-        row = {"numbers": list(map(int, words))} | ({} if TARGET == 24 else {"target": TARGET})
+        row = {"numbers": [int(word) if word.isdecimal() else word for word in words]}
+        row |= {} if TARGET == 24 else {"target": TARGET}
     return {"prompt": prompt(task, row), **row}
 
 
@@ -465,7 +466,7 @@ def read_hands(path: Path) -> list[tuple[int, ...]]:
         hand = next(filter(four_numbers.fullmatch, [*cells, " ".join(cells)]), None)
         if hand:
             hands.append(tuple(sorted(map(int, hand.split()))))
-        elif line.strip() and (number > 1 or not re.search(r"[^\W\d]{3}|^[a-z]\d?,[a-z]", line)):
+        elif line.strip() and (number > 1 or not re.search(r"[^\W\d]{3}|^(?:a,b|n_?1),", line, re.I)):
             sys.exit(f"{path}:{number}: four positive integers are expected, not {line!r}")
     return list(dict.fromkeys(hands)) or sys.exit(f"{path}: no hand in it")
 

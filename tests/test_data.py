@@ -62,8 +62,8 @@ def test_hands_held_out_are_the_test_split_also_of_another_target(run, tmp_path)
 
 
 @pytest.mark.parametrize("lines", [
-    ["4,4,4,4", "6, 5, 3, 4"], ["\ufeff4\t4\t4\t4", " 6 5 3 4 "], ["a,b,c,d", "4,4,4,4", '"6","5","3","4"'],
-    ["n1,n2,n3,n4", "4,4,4,4", "6,5,3,4"], ["hand", "4 4 4 4", "6 5 3 4"],
+    ["4,4,4,4", "6, 5, 3, 4"], ["\ufeff4\t4\t4\t4", " 6 5 3 4 "], ["A,B,C,D", "4,4,4,4", '"6","5","3","4"'],
+    ["n_1,n_2,n_3,n_4", "4,4,4,4", "6,5,3,4"], ["hand", "4 4 4 4", "6 5 3 4"],
     ["Rank,Puzzles,AMT (s),Solved rate,1-sigma Mean (s)", "1,4 4 4 4,4.4,99.2%,4.67", "2,6 5 3 4,4.7,99.0%,4.9"]])
 def test_forms_of_hands(tmp_path, lines):
     assert reward.read_hands(write(tmp_path / "hands.csv", *lines)) == [(4, 4, 4, 4), (3, 4, 5, 6)]
@@ -83,6 +83,9 @@ def test_typed_hands_have_the_target(monkeypatch):
     monkeypatch.setattr(reward, "TARGET", 10)
     assert reward.question("game24", "1 2 3 4") == {
         "numbers": [1, 2, 3, 4], "target": 10, "prompt": "Make 10 from 1 2 3 4"}
+    for text in ("3 3 8 x", "3_0 3 8 8", "3.0 3 8 8", "+3 3 8 8", "3 3 8"):
+        with pytest.raises(ValueError, match="four positive integers"):
+            reward.question("game24", text)
 
 
 WITH_A_COMMON_LINE = [json.dumps({"text": "我们一起来唱歌\n" + json.loads(line)["text"]}) for line in FEW]
