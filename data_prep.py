@@ -59,6 +59,9 @@ HIGHEST = 13
 VAL_HANDS = 136              # a tenth of the 1,362 solvable hands
 TEST_HANDS = 272             # a fifth
 TRACES_PER_HAND = 128        # per training hand; duplicates are written once
+LARGER = HIGHEST + 11        # training hands also have numbers up to this, so that any three numbers to which a hand ...
+LARGER_HANDS = 12            # ... of the deck leads, and which solve it, are reached from so many hands, if possible
+LARGER_TRACES = 16           # per such hand
 MAX_TRACE_TOKENS = 250       # words in a trace; a longer one is drawn again
 LARGEST = 200                # larger results are tried only if nothing else leads to the target
 TRY_RIGHT = 0.4              # chance of trying a first step that can lead to the target ...
@@ -168,6 +171,27 @@ def write_trace(hand: list[int], target: int, rng: random.Random) -> str:
     return "\n".join(["<think>", *lines, *composed[:-1], "</think>", f"<answer> {composed[-1]} </answer>"])
 
 
+def larger_hands(deck: list[tuple], known: list[tuple], target: int, rng: random.Random) -> list[tuple]:
+    """Hands with a number above HIGHEST that lead to three numbers to which fewer than LARGER_HANDS known hands lead.
+
+    Three numbers count if they still make the target, and if a hand of the deck leads to them.
+    """
+    def threes(hand):
+        return {tuple(sorted(after)) for _, after, leads in choices(hand, target) if leads}
+
+    needed, chosen = set().union(*map(threes, deck)), []
+    count = Counter(itertools.chain.from_iterable(map(threes, known)))
+    hands = itertools.combinations_with_replacement(range(LOWEST, LARGER + 1), 4)
+    hands = [hand for hand in hands if hand[-1] > HIGHEST]
+    rng.shuffle(hands)
+    for hand in hands:
+        reached = threes(hand) & needed
+        if any(count[three] < LARGER_HANDS for three in reached):
+            count.update(reached)
+            chosen.append(hand)
+    return chosen
+
+
 def prepare_game24(folder: Path, held_out: list[tuple]) -> dict:
     """Writes train, val and test for the 24-point game, with `held_out`, if any, as test; returns the summary."""
     rng, word = random.Random(SEED), re.compile(r"\S+|\n")     # a word is a token of MODEL=tiny
@@ -183,10 +207,13 @@ def prepare_game24(folder: Path, held_out: list[tuple]) -> dict:
     for name, split in {"train": others[VAL_HANDS:], "val": others[:VAL_HANDS], "test": test}.items():
         if not split:
             sys.exit(f"no hand is left for {name}: only {len(solvable_hands)} can make {target}")
-        rows = []
-        for hand in tqdm(split, desc=name, unit="hand", dynamic_ncols=True):
+        rows, traces_of = [], dict.fromkeys(split, TRACES_PER_HAND if name == "train" else 1)
+        if name == "train":
+            larger = larger_hands(solvable_hands, split, target, rng)
+            traces_of |= {hand: LARGER_TRACES for hand in larger if hand not in test}
+        for hand, count in tqdm(traces_of.items(), desc=name, unit="hand", dynamic_ncols=True):
             traces = {}
-            for _ in range(TRACES_PER_HAND if name == "train" else 1):
+            for _ in range(count):
                 numbers = list(hand)
                 rng.shuffle(numbers)
                 drawn = (write_trace(numbers, target, rng) for _ in range(1000))
@@ -196,7 +223,7 @@ def prepare_game24(folder: Path, held_out: list[tuple]) -> dict:
         rng.shuffle(rows)
         write_rows(folder / f"{name}.jsonl", rows)
         words = percentiles([len(word.findall(row["completion"])) for row in rows], 5, 50, 95, 100)
-        summary[name] = {"hands": len(split), "rows": len(rows), **dict(zip(("p5", "p50", "p95", "p100"), words))}
+        summary[name] = {"hands": len(traces_of), "rows": len(rows), **dict(zip(("p5", "p50", "p95", "p100"), words))}
     print(f"\n{rows[0]['prompt']}\n{rows[0]['completion']}\n")
     return summary
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import zlib
+from collections import Counter
 
 import pytest
 from commands import ROOT, done, load, read, refused, write
@@ -13,7 +14,7 @@ import data_prep
 import reward
 
 CORPUS = ROOT / "assets/verses.jsonl"
-SMALL = {"traces_per_hand": 2, "val_hands": 5, "test_hands": 5, "highest": 6}
+SMALL = {"traces_per_hand": 2, "val_hands": 5, "test_hands": 5, "highest": 6, "larger_hands": 0}
 FEW = CORPUS.read_text(encoding="utf-8").split("\n")[:72]
 
 
@@ -30,8 +31,11 @@ def hands_of(folder):
 
 
 def test_all_hands(run, tmp_path):
-    done(run("data_prep", out=tmp_path, traces_per_hand=2))
+    done(run("data_prep", out=tmp_path, traces_per_hand=2, larger_traces=1))
     hands = hands_of(tmp_path / "data")
+    larger = {hand for hand in hands["train"] if hand[-1] > 13}
+    assert larger and max(map(max, larger)) == 24
+    hands["train"] -= larger
     assert {name: len(split) for name, split in hands.items()} == {"train": 954, "val": 136, "test": 272}
     assert len(set().union(*hands.values())) == 1362
     rows = list(itertools.chain(*splits(tmp_path / "data").values()))
@@ -59,6 +63,25 @@ def test_hands_held_out_are_the_test_split_also_of_another_target(run, tmp_path)
         assert reward.score("game24", row["completion"], row)["outcome"] == 1
     write(hands, "4 3 2 1")
     assert "hands of HOLDOUT was" in done(run("data_prep", **settings))
+
+
+def test_larger_hands_show_what_the_hands_of_the_deck_lead_to(run, tmp_path):
+    """Most of the three numbers that solve a held-out hand, and none of the hands that are held out."""
+    def threes(hands):
+        return Counter(tuple(sorted(after)) for hand in hands for _, after, leads in data_prep.choices(hand, 24) if leads)
+
+    # of numbers up to 8, so that a test hand has a number above HIGHEST
+    hands = write(tmp_path / "hands.txt", "1 2 3 4", "1 1 3 8", "1 1 4 6", "6 6 6 6", "3 3 8 8")
+    settings = {**SMALL, "out": tmp_path, "holdout": hands, "larger": 8}
+    done(run("data_prep", **settings))
+    held_out = hands_of(tmp_path / "data")["test"]
+    before = threes(hands_of(tmp_path / "data")["train"])
+    done(run("data_prep", **settings | {"larger_hands": 3, "larger_traces": 1}))
+    train = hands_of(tmp_path / "data")["train"]
+    assert len(held_out) == 5 and not train & held_out and max(map(max, train)) == 8
+    after, needed = threes(train), threes(held_out)
+    assert all(after[three] >= before[three] for three in needed)
+    assert sum(after[three] >= 3 for three in needed) > sum(before[three] >= 3 for three in needed)
 
 
 @pytest.mark.parametrize("lines", [
