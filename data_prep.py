@@ -59,9 +59,9 @@ HIGHEST = 13
 VAL_HANDS = 136              # a tenth of the 1,362 solvable hands
 TEST_HANDS = 272             # a fifth
 TRACES_PER_HAND = 128        # per training hand; duplicates are written once
-LARGER = HIGHEST + 11        # training hands also have numbers up to this, so that any three numbers to which a hand ...
-LARGER_HANDS = 12            # ... of the deck leads, and which solve it, are reached from so many hands, if possible
-LARGER_TRACES = 16           # per such hand
+LARGER = 99                  # training hands also have numbers up to this, so that any three numbers that a hand of ...
+LARGER_HANDS = 8             # ... the deck leads to, and that solve it, are reached from this many hands: a model ...
+LARGER_TRACES = 12           # ... finds only steps like those it was shown. Traces for each of these hands
 MAX_TRACE_TOKENS = 250       # words in a trace; a longer one is drawn again
 LARGEST = 200                # larger results are tried only if nothing else leads to the target
 TRY_RIGHT = 0.4              # chance of trying a first step that can lead to the target ...
@@ -171,25 +171,29 @@ def write_trace(hand: list[int], target: int, rng: random.Random) -> str:
     return "\n".join(["<think>", *lines, *composed[:-1], "</think>", f"<answer> {composed[-1]} </answer>"])
 
 
-def larger_hands(deck: list[tuple], known: list[tuple], target: int, rng: random.Random) -> list[tuple]:
-    """Hands with a number above HIGHEST that lead to three numbers to which fewer than LARGER_HANDS known hands lead.
+def larger_hands(deck: list, train: list, test: list, target: int, rng: random.Random) -> list[tuple]:
+    """Hands, none of `test`, with a number from HIGHEST + 1 to LARGER, for three numbers that few of `train` lead to.
 
-    Three numbers count if they still make the target, and if a hand of the deck leads to them.
+    Three numbers that still make the target, and to which a hand of the deck leads, get LARGER_HANDS hands, if there
+    are so many; those with the smallest numbers come first.
     """
     def threes(hand):
         return {tuple(sorted(after)) for _, after, leads in choices(hand, target) if leads}
 
-    needed, chosen = set().union(*map(threes, deck)), []
-    count = Counter(itertools.chain.from_iterable(map(threes, known)))
-    hands = itertools.combinations_with_replacement(range(LOWEST, LARGER + 1), 4)
-    hands = [hand for hand in hands if hand[-1] > HIGHEST]
-    rng.shuffle(hands)
-    for hand in hands:
-        reached = threes(hand) & needed
-        if any(count[three] < LARGER_HANDS for three in reached):
-            count.update(reached)
-            chosen.append(hand)
-    return chosen
+    needed, found = sorted(set().union(*map(threes, deck))), []
+    for three in needed:
+        for (number, *others), a in itertools.product(itertools.permutations(three), range(1, LARGER + 1)):
+            for b in (number - a, number + a, number * a, Fraction(number, a)):
+                hand = tuple(sorted((a, b, *others)))
+                if hand[0] > 0 and HIGHEST < hand[-1] <= LARGER and all(value == int(value) for value in hand):
+                    found.append((tuple(map(int, hand)), three))
+    rng.shuffle(found)
+    count, chosen = Counter(itertools.chain.from_iterable(map(threes, train))), {}
+    for hand, three in sorted(found, key=lambda pair: pair[0][-1]):
+        if count[three] < LARGER_HANDS and hand not in chosen and hand not in test and three in threes(hand):
+            chosen[hand] = three
+            count.update(threes(hand))
+    return list(chosen)
 
 
 def prepare_game24(folder: Path, held_out: list[tuple]) -> dict:
@@ -209,8 +213,8 @@ def prepare_game24(folder: Path, held_out: list[tuple]) -> dict:
             sys.exit(f"no hand is left for {name}: only {len(solvable_hands)} can make {target}")
         rows, traces_of = [], dict.fromkeys(split, TRACES_PER_HAND if name == "train" else 1)
         if name == "train":
-            larger = larger_hands(solvable_hands, split, target, rng)
-            traces_of |= {hand: LARGER_TRACES for hand in larger if hand not in test}
+            larger = larger_hands(solvable_hands, split, test, target, rng)
+            traces_of |= dict.fromkeys(larger, LARGER_TRACES)
         for hand, count in tqdm(traces_of.items(), desc=name, unit="hand", dynamic_ncols=True):
             traces = {}
             for _ in range(count):

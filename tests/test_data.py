@@ -34,7 +34,7 @@ def test_all_hands(run, tmp_path):
     done(run("data_prep", out=tmp_path, traces_per_hand=2, larger_traces=1))
     hands = hands_of(tmp_path / "data")
     larger = {hand for hand in hands["train"] if hand[-1] > 13}
-    assert larger and max(map(max, larger)) == 24
+    assert 2000 < len(larger) and max(map(max, larger)) <= 99
     hands["train"] -= larger
     assert {name: len(split) for name, split in hands.items()} == {"train": 954, "val": 136, "test": 272}
     assert len(set().union(*hands.values())) == 1362
@@ -66,22 +66,22 @@ def test_hands_held_out_are_the_test_split_also_of_another_target(run, tmp_path)
 
 
 def test_larger_hands_show_what_the_hands_of_the_deck_lead_to(run, tmp_path):
-    """Most of the three numbers that solve a held-out hand, and none of the hands that are held out."""
+    """The three numbers that solve a held-out hand are shown by enough others, but no hand that is held out is."""
     def threes(hands):
-        return Counter(tuple(sorted(after)) for hand in hands for _, after, leads in data_prep.choices(hand, 24) if leads)
+        steps = itertools.chain.from_iterable(data_prep.choices(hand, 24) for hand in hands)
+        return Counter(tuple(sorted(after)) for _, after, leads in steps if leads)
 
-    # of numbers up to 8, so that a test hand has a number above HIGHEST
+    # 3 3 8 8 is held out, and one that could be chosen
     hands = write(tmp_path / "hands.txt", "1 2 3 4", "1 1 3 8", "1 1 4 6", "6 6 6 6", "3 3 8 8")
-    settings = {**SMALL, "out": tmp_path, "holdout": hands, "larger": 8}
+    settings = {**SMALL, "out": tmp_path, "holdout": hands, "larger": 40}
     done(run("data_prep", **settings))
     held_out = hands_of(tmp_path / "data")["test"]
     before = threes(hands_of(tmp_path / "data")["train"])
     done(run("data_prep", **settings | {"larger_hands": 3, "larger_traces": 1}))
     train = hands_of(tmp_path / "data")["train"]
-    assert len(held_out) == 5 and not train & held_out and max(map(max, train)) == 8
-    after, needed = threes(train), threes(held_out)
-    assert all(after[three] >= before[three] for three in needed)
-    assert sum(after[three] >= 3 for three in needed) > sum(before[three] >= 3 for three in needed)
+    assert len(held_out) == 5 and not train & held_out and 6 < max(map(max, train)) <= 40
+    after, needed = threes(train), threes(held_out - {(3, 3, 8, 8)})
+    assert min(before[three] for three in needed) == 0 and min(after[three] for three in needed) >= 3
 
 
 @pytest.mark.parametrize("lines", [
