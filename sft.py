@@ -57,7 +57,7 @@ LOAD_4BIT = 1 if LORA_RANK else 0      # NF4 with double quantisation; 0: bf16 f
 BF16 = int(torch.cuda.is_bf16_supported(False) if DEVICE == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported())
 GRADIENT_CHECKPOINTING = 0 if TINY else 1        # recompute activations: less memory, a third more time
 # Training
-SFT_STEPS = (1600 if LYRICS else 3600) if TINY else 600      # optimizer steps, ...
+SFT_STEPS = (1600 if LYRICS else 5400) if TINY else 600      # optimizer steps, ...
 MAX_EPOCHS = 4 if LYRICS else 0        # ... or fewer: at most this many passes over the data; 0: no limit
 SFT_LR = 3e-3 if TINY else 2e-4        # peak; LoRA takes about ten times the rate for all weights
 MUON_LR = 3e-3 if TINY else 0.0        # peak of Muon, for matrices trained from scratch; 0: AdamW trains everything
@@ -70,7 +70,7 @@ MICRO_BATCH_TOKENS = 4096              # tokens per forward pass: affects memory
 MAX_TOKENS = 1536                      # longer samples are left out and counted
 HEAD_CHUNK = 2048 if TINY else 512     # completion tokens whose logits are in memory at a time
 # Evaluation and saving
-SFT_EVAL_EVERY = (1600 if LYRICS else 1200) if TINY else 200      # steps between val losses; the best policy is kept
+SFT_EVAL_EVERY = (1600 if LYRICS else 1800) if TINY else 200      # steps between val losses; the best policy is kept
 SAVE_EVERY = 100 if TINY else 20       # steps between checkpoints: the most a crash can cost
 # The shape of MODEL=tiny
 TINY_WIDTH = 128                       # hidden size; the MLP is three times as wide
