@@ -59,9 +59,9 @@ HIGHEST = 13
 VAL_HANDS = 136              # a tenth of the 1,362 solvable hands
 TEST_HANDS = 272             # a fifth
 TRACES_PER_HAND = 96         # per training hand; duplicates are written once
-LARGER = 99                  # training hands also have numbers up to this, so that any three numbers that a hand of ...
-LARGER_HANDS = 6             # ... the deck leads to, and that solve it, are reached from this many hands: a model ...
-LARGER_TRACES = 24           # ... finds only steps like those it was shown. Traces for each of these hands
+LARGER = 99                  # extra training hands have a number above HIGHEST, up to this, so that ...
+LARGER_HANDS = 6             # ... so many training hands lead to any three numbers that may solve a hand; 0: none
+LARGER_TRACES = 24           # per extra hand
 MAX_TRACE_TOKENS = 250       # words in a trace; a longer one is drawn again
 LARGEST = 200                # larger results are tried only if nothing else leads to the target
 TRY_RIGHT = 0.4              # chance of trying a first step that can lead to the target ...
@@ -172,20 +172,21 @@ def write_trace(hand: list[int], target: int, rng: random.Random) -> str:
 
 
 def larger_hands(deck: list, train: list, test: list, target: int, rng: random.Random) -> list[tuple]:
-    """Hands, none of `test`, with a number from HIGHEST + 1 to LARGER, for three numbers that few of `train` lead to.
+    """Extra training hands: of numbers from LOWEST to LARGER, one of them above HIGHEST, and none of `test`.
 
-    Three numbers that still make the target, and to which a hand of the deck leads, get LARGER_HANDS hands, if there
-    are so many; those with the smallest numbers come first.
+    A trace goes on from three numbers only if they make the target, and a model hardly finds what it was not shown. So
+    every such three to which a hand of the deck leads, val and test included, are topped up to LARGER_HANDS hands that
+    lead to them, if there are so many; those with the smallest maximum come first.
     """
     def threes(hand):
         return {tuple(sorted(after)) for _, after, leads in choices(hand, target) if leads}
 
     needed, found = sorted(set().union(*map(threes, deck))), []
     for three in needed:
-        for (number, *others), a in itertools.product(itertools.permutations(three), range(1, LARGER + 1)):
+        for (number, *others), a in itertools.product(itertools.permutations(three), range(LOWEST, LARGER + 1)):
             for b in (number - a, number + a, number * a, Fraction(number, a)):
                 hand = tuple(sorted((a, b, *others)))
-                if hand[0] > 0 and HIGHEST < hand[-1] <= LARGER and all(value == int(value) for value in hand):
+                if hand[0] >= LOWEST and HIGHEST < hand[-1] <= LARGER and all(value == int(value) for value in hand):
                     found.append((tuple(map(int, hand)), three))
     rng.shuffle(found)
     count, chosen = Counter(itertools.chain.from_iterable(map(threes, train))), {}
@@ -212,7 +213,7 @@ def prepare_game24(folder: Path, held_out: list[tuple]) -> dict:
         if not split:
             sys.exit(f"no hand is left for {name}: only {len(solvable_hands)} can make {target}")
         rows, traces_of = [], dict.fromkeys(split, TRACES_PER_HAND if name == "train" else 1)
-        if name == "train":
+        if name == "train" and LARGER_HANDS:
             larger = larger_hands(solvable_hands, split, test, target, rng)
             traces_of |= dict.fromkeys(larger, LARGER_TRACES)
         for hand, count in tqdm(traces_of.items(), desc=name, unit="hand", dynamic_ncols=True):
