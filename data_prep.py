@@ -59,9 +59,9 @@ HIGHEST = 13
 VAL_HANDS = 136              # a tenth of the 1,362 solvable hands
 TEST_HANDS = 272             # a fifth
 TRACES_PER_HAND = 96         # per training hand; duplicates are written once
-LARGER = 99                  # extra training hands have a number above HIGHEST, up to this, so that ...
-LARGER_HANDS = 6             # ... so many training hands lead to any three numbers that may solve a hand; 0: none
-LARGER_TRACES = 24           # per extra hand
+EXTRA_HANDS = 6              # so many training hands lead to any three numbers that may solve a hand; 0: no extra hands
+EXTRA_HIGHEST = 99           # extra hands have a number above HIGHEST, up to this
+EXTRA_TRACES = 24            # per extra hand
 MAX_TRACE_TOKENS = 250       # words in a trace; a longer one is drawn again
 LARGEST = 200                # larger results are tried only if nothing else leads to the target
 TRY_RIGHT = 0.4              # chance of trying a first step that can lead to the target ...
@@ -171,11 +171,11 @@ def write_trace(hand: list[int], target: int, rng: random.Random) -> str:
     return "\n".join(["<think>", *lines, *composed[:-1], "</think>", f"<answer> {composed[-1]} </answer>"])
 
 
-def larger_hands(deck: list, train: list, test: list, target: int, rng: random.Random) -> list[tuple]:
-    """Extra training hands: of numbers from LOWEST to LARGER, one of them above HIGHEST, and none of `test`.
+def extra_hands(deck: list, train: list, test: list, target: int, rng: random.Random) -> list[tuple]:
+    """Extra training hands: of numbers from LOWEST to EXTRA_HIGHEST, one of them above HIGHEST, and none of `test`.
 
     A trace goes on from three numbers only if they make the target, and a model hardly finds what it was not shown. So
-    every such three to which a hand of the deck leads, val and test included, are topped up to LARGER_HANDS hands that
+    every such three to which a hand of the deck leads, val and test included, are topped up to EXTRA_HANDS hands that
     lead to them, if there are so many; those with the smallest maximum come first.
     """
     def threes(hand):
@@ -183,18 +183,19 @@ def larger_hands(deck: list, train: list, test: list, target: int, rng: random.R
 
     needed, found = sorted(set().union(*map(threes, deck))), []
     for three in needed:
-        for (number, *others), a in itertools.product(itertools.permutations(three), range(LOWEST, LARGER + 1)):
+        for (number, *others), a in itertools.product(itertools.permutations(three), range(LOWEST, EXTRA_HIGHEST + 1)):
             for b in (number - a, number + a, number * a, Fraction(number, a)):
                 hand = tuple(sorted((a, b, *others)))
-                if hand[0] >= LOWEST and HIGHEST < hand[-1] <= LARGER and all(value == int(value) for value in hand):
+                whole = all(value == int(value) for value in hand)
+                if whole and hand[0] >= LOWEST and HIGHEST < hand[-1] <= EXTRA_HIGHEST:
                     found.append((tuple(map(int, hand)), three))
     rng.shuffle(found)
-    count, chosen = Counter(itertools.chain.from_iterable(map(threes, train))), {}
+    count, chosen = Counter(itertools.chain.from_iterable(map(threes, train))), []
     for hand, three in sorted(found, key=lambda pair: pair[0][-1]):
-        if count[three] < LARGER_HANDS and hand not in chosen and hand not in test and three in threes(hand):
-            chosen[hand] = three
+        if count[three] < EXTRA_HANDS and hand not in chosen and hand not in test and three in threes(hand):
+            chosen.append(hand)
             count.update(threes(hand))
-    return list(chosen)
+    return chosen
 
 
 def prepare_game24(folder: Path, held_out: list[tuple]) -> dict:
@@ -213,9 +214,8 @@ def prepare_game24(folder: Path, held_out: list[tuple]) -> dict:
         if not split:
             sys.exit(f"no hand is left for {name}: only {len(solvable_hands)} can make {target}")
         rows, traces_of = [], dict.fromkeys(split, TRACES_PER_HAND if name == "train" else 1)
-        if name == "train" and LARGER_HANDS:
-            larger = larger_hands(solvable_hands, split, test, target, rng)
-            traces_of |= dict.fromkeys(larger, LARGER_TRACES)
+        if name == "train" and EXTRA_HANDS:
+            traces_of |= dict.fromkeys(extra_hands(solvable_hands, split, test, target, rng), EXTRA_TRACES)
         for hand, count in tqdm(traces_of.items(), desc=name, unit="hand", dynamic_ncols=True):
             traces = {}
             for _ in range(count):

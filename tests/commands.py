@@ -18,7 +18,7 @@ ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEV
 
 # Small settings: 16 training hands with a short trace each, of which 100 steps of SFT learn enough to earn some rewards
 DATA = {"lowest": 3, "highest": 5, "val_hands": 3, "test_hands": 3, "traces_per_hand": 1, "max_trace_tokens": 80,
-        "larger_hands": 0}
+        "extra_hands": 0}
 SFT = {"model": "tiny", "tiny_layers": 2, "batch_tokens": 512, "sft_steps": 12, "sft_eval_every": 3, "save_every": 2}
 TRAINED = {**SFT, "sft_steps": 100, "sft_eval_every": 100, "save_every": 100}
 GRPO = {"model": "tiny", "prompts_per_step": 3, "group_size": 6, "max_new_tokens": 70, "temperature": 1.2, "steps": 8,

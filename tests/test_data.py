@@ -14,7 +14,7 @@ import data_prep
 import reward
 
 CORPUS = ROOT / "assets/verses.jsonl"
-SMALL = {"traces_per_hand": 2, "val_hands": 5, "test_hands": 5, "highest": 6, "larger_hands": 0}
+SMALL = {"traces_per_hand": 2, "val_hands": 5, "test_hands": 5, "highest": 6, "extra_hands": 0}
 FEW = CORPUS.read_text(encoding="utf-8").split("\n")[:72]
 
 
@@ -31,7 +31,7 @@ def hands_of(folder):
 
 
 def test_all_hands(run, tmp_path):
-    done(run("data_prep", out=tmp_path, traces_per_hand=2, larger_traces=1))
+    done(run("data_prep", out=tmp_path, traces_per_hand=2, extra_traces=1))
     hands = hands_of(tmp_path / "data")
     larger = {hand for hand in hands["train"] if hand[-1] > 13}
     assert 2000 < len(larger) and max(map(max, larger)) <= 99
@@ -65,7 +65,7 @@ def test_hands_held_out_are_the_test_split_also_of_another_target(run, tmp_path)
     assert "hands of HOLDOUT was" in done(run("data_prep", **settings))
 
 
-def test_larger_hands_show_what_the_hands_of_the_deck_lead_to(run, tmp_path):
+def test_extra_hands_show_what_the_hands_of_the_deck_lead_to(run, tmp_path):
     """The three numbers that solve a held-out hand are shown by enough others, but no hand that is held out is."""
     def threes(hands):
         steps = itertools.chain.from_iterable(data_prep.choices(hand, 24) for hand in hands)
@@ -73,11 +73,11 @@ def test_larger_hands_show_what_the_hands_of_the_deck_lead_to(run, tmp_path):
 
     # 1 1 3 8 would be chosen if it were not held out; no other hand leads to the three numbers that solve 3 3 8 8
     hands = write(tmp_path / "hands.txt", "1 2 3 4", "1 1 3 8", "1 1 4 6", "6 6 6 6", "3 3 8 8")
-    settings = {**SMALL, "out": tmp_path, "holdout": hands, "larger": 40}
+    settings = {**SMALL, "out": tmp_path, "holdout": hands, "extra_highest": 40}
     done(run("data_prep", **settings))
     held_out = hands_of(tmp_path / "data")["test"]
     before = threes(hands_of(tmp_path / "data")["train"])
-    done(run("data_prep", **settings | {"larger_hands": 3, "larger_traces": 1}))
+    done(run("data_prep", **settings | {"extra_hands": 3, "extra_traces": 1}))
     train = hands_of(tmp_path / "data")["train"]
     assert len(held_out) == 5 and not train & held_out and 6 < max(map(max, train)) <= 40
     after, needed = threes(train), threes(held_out - {(3, 3, 8, 8)})
@@ -131,7 +131,7 @@ def test_same_seed_same_bytes_and_other_data_another_run(run, tmp_path, task):
     def prepare(name, seed=0):
         options = {"task": "lyrics", "variants": 3, "raw": raw.parent}
         if task == "game24":
-            options = {**SMALL, "larger_hands": 1, "larger_traces": 1}
+            options = {**SMALL, "extra_hands": 1, "extra_traces": 1}
         return done(run("data_prep", out=tmp_path / name, seed=seed, **options))
 
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
