@@ -605,9 +605,10 @@ def completion_logprobs(model, input_ids, loss_mask, temperature: float = 1.0, e
     """
     def of_chunk(hidden, targets):
         logprobs = torch.log_softmax(model.lm_head(hidden).float() / temperature, -1)
+        of_targets = logprobs.gather(1, targets[:, None])[:, 0]      # first: recomputation can stop here
         with torch.set_grad_enabled(entropy_has_gradient and torch.is_grad_enabled()):
             entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return logprobs.gather(1, targets[:, None])[:, 0], entropy
+        return of_targets, entropy
 
     with torch.autocast(DEVICE, torch.bfloat16, enabled=bool(BF16)):
         hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1][loss_mask]
