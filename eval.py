@@ -343,14 +343,15 @@ def draw(folder: Path, completed: dict[str, list[dict]]) -> list[str]:
     log = [json.loads(line) for line in lines]
     evaluated = [entry for entry in log if "val_accuracy" in entry]
     if evaluated:
-        axes = figures["reward.png" if LYRICS else "accuracy.png"] = Figure(figsize=(7, 4)).subplots()
-        names = ["accuracy", "unfinished", "wrong"]
+        names = ["accuracy", "unfinished", "wrong", "tokens"]
         if LYRICS:
             names = ["reward", "parts/coverage", "parts/rhyming", "distinct_2"]
-        for name in names:
-            line, = axes.plot(*zip(*((entry["step"], entry[f"val_{name}"]) for entry in evaluated)), "o-", label=name)
-            axes.plot(*zip(*((entry["step"], entry.get(name)) for entry in log)), color=line.get_color(), alpha=0.25)
-        axes.set(xlabel="GRPO step", ylabel="mean over completions", ylim=(0, 1), title="On val (pale: training)")
+        panels = Figure(figsize=(12, 2.6), layout="constrained").subplots(1, len(names))
+        for axes, name in zip(panels, names):
+            axes.plot(*zip(*((entry["step"], entry.get(name)) for entry in log)), color="C0", alpha=0.3, label="train")
+            axes.plot(*zip(*((entry["step"], entry[f"val_{name}"]) for entry in evaluated)), "o-C0", label="val")
+            axes.set(xlabel="GRPO step", title=name.removeprefix("parts/"))
+        figures["reward.png" if LYRICS else "accuracy.png"] = panels[0]
         axes = figures["lengths.png"] = Figure(figsize=(7, 4)).subplots()
         lengths = [evaluated[0]["val_lengths"], evaluated[-1]["val_lengths"]]
         axes.hist(lengths, 32, histtype="step", label=["before GRPO", "last evaluation"])

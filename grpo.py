@@ -4,10 +4,11 @@
     python grpo.py --beta=0 --out=runs/no-kl --sft=runs/game24/sft --data=runs/game24/data
 
 A step: 1 rollout, 2 rewards, 3 advantages, 4 old and reference log-probs, 5 clipped update with a KL penalty, 6 log,
-evaluate, save. In 30 steps of 32 x 8 completions, 4 CPU minutes, the tiny model's accuracy on held-out hands rises from
-0.906 to 0.925 (mean of three seeds). Differs from textbook GRPO in four ways: rewards are normalised by a mix of group
-and running statistics (report on the 24-point game, eq. 2-4), each line of reasoning can have its own advantage, the
-reference is the SFT policy, and the policy that was best on val is kept, because RL curves rise and then fall.
+evaluate, save. In 30 steps of 32 x 8 completions, 3 minutes on two CPU cores, the tiny model's accuracy on held-out
+hands rises from 0.869 to 0.933 (mean of three seeds). Differs from textbook GRPO in four ways: rewards are normalised
+by a mix of group and running statistics (report on the 24-point game, eq. 2-4), each line of reasoning can have its own
+advantage, the reference is the SFT policy, and the policy that was best on val is kept, because RL curves rise and then
+fall.
 """
 
 import ast

@@ -18,7 +18,7 @@ from commands import read
 ROOT = bench.ROOT
 SMALL = {"MODEL": ROOT / "models/smollm2", "HIGHEST": 6, "VAL_HANDS": 10, "TEST_HANDS": 10, "TRACES_PER_HAND": 16,
          "EXTRA_HANDS": 0, "SFT_STEPS": 40, "STEPS": 3, "MAX_NEW_TOKENS": 256, "EVAL_EVERY": 3}
-PEAKS = {512: 4.6, 2048: 5.4}          # HEAD_CHUNK: GiB of a step of the 1.5B, counted from the shapes (README)
+PEAKS = {512: 4.6, 2048: 5.4}          # HEAD_CHUNK: GiB of a step of the 1.5B, counted from the shapes
 
 
 def run(script: str, **constants) -> list[str]:
