@@ -78,12 +78,14 @@ def main() -> None:
         table.append(f"| {' '.join([variant, *VARIANTS[variant]])} | {len(folders)} | {accuracy.mean():.3f} "
                      f"({accuracy.min():.3f}–{accuracy.max():.3f}) | {unfinished.mean():.3f} | {tokens.mean():.0f} | "
                      f"{drop:.3f} | {verdict(folders, defaults) if compared else ''} |")
-        for place, folder in enumerate(folders):
+        curves = []
+        for folder in folders:
             log = read(folder / "grpo/log.jsonl")
             generated = numpy.cumsum([entry.get("tokens", 0) for entry in log]) * COMPLETIONS / 1e6
-            points = [(x, entry["val_accuracy"]) for x, entry in zip(generated, log) if "val_accuracy" in entry]
-            axes.plot(*zip(*points), "o-", color=f"C{color}", alpha=0.6, label=None if place else variant)
-    axes.set(xlabel="generated tokens, in millions", ylabel="val accuracy")
+            curves.append([(x, entry["val_accuracy"]) for x, entry in zip(generated, log) if "val_accuracy" in entry])
+        mean = [numpy.mean(points, 0) for points in zip(*curves)]        # over seeds, as far as all of them go
+        axes.plot(*zip(*mean), "o-" if color < 10 else "o--", color=f"C{color}", label=variant)
+    axes.set(xlabel="generated tokens, in millions", ylabel="val accuracy, mean over seeds")
     axes.legend(fontsize="small")
     axes.figure.savefig(RUNS / "val.png", dpi=120, bbox_inches="tight")
     (RUNS / "table.md").write_text("\n".join(table) + "\n", encoding="utf-8")
