@@ -84,7 +84,8 @@ def main() -> None:
             generated = numpy.cumsum([entry.get("tokens", 0) for entry in log]) * COMPLETIONS / 1e6
             curves.append([(x, entry["val_accuracy"]) for x, entry in zip(generated, log) if "val_accuracy" in entry])
         mean = [numpy.mean(points, 0) for points in zip(*curves)]        # over seeds, as far as all of them go
-        axes.plot(*zip(*mean), "o-" if color < 10 else "o--", color=f"C{color}", label=variant)
+        label = " ".join(VARIANTS[variant]) or variant
+        axes.plot(*zip(*mean), "o-" if color < 10 else "o--", color=f"C{color}", label=label)
     axes.set(xlabel="generated tokens, in millions", ylabel="val accuracy, mean over seeds")
     axes.legend(fontsize="small")
     axes.figure.savefig(RUNS / "val.png", dpi=120, bbox_inches="tight")

@@ -33,8 +33,8 @@ def test_a_template_with_the_date_of_today_gives_the_same_prompt_every_day():
 def test_muon_is_that_of_torch_in_fp32(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)        # torch's would multiply in bf16
     monkeypatch.setattr(sft, "BF16", 0)
-    ours, theirs = ([torch.nn.Parameter(torch.linspace(-1, 1, 24 * rows).view(rows, 24).sin()) for rows in (8, 24, 40)]
-                    for _ in range(2))
+    ours, theirs = ([torch.nn.Parameter(torch.linspace(-1, 1, 24 * rows).view(rows, 24).sin())
+                     for rows in (8, 8, 24, 40, 40)] for _ in range(2))
     optimizers = [sft.Muon(ours, {"lr": 0.01, "weight_decay": 0.1}),
                   torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
     start = [matrix.detach().clone() for matrix in ours]

@@ -11,24 +11,23 @@ from commands import DATA, ENVIRONMENT, ROOT, TRAINED, done, load, read
 BLOCKS = {language: re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
           for language, name in (("en", "README.md"), ("zh", "README.zh.md"))}
 OWN_REWARD, OWN_DATA = BLOCKS["en"]
-TRL = """
+TRL = r"""
 from datasets import load_dataset
 from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 import reward
 
+SMALL = dict(use_cpu=True, bf16=False, max_steps=2, per_device_train_batch_size=4, num_generations=4,
+             max_completion_length=16, logging_steps=1, report_to=[])
 tokenizer = AutoTokenizer.from_pretrained("runs/game24/export")
 data = load_dataset("json", data_files="runs/game24/data/train.jsonl", split="train").remove_columns("completion")
 as_chat = tokenizer.chat_template is not None
 data = data.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}] if as_chat
-                             else row["prompt"] + "\\n"})
+                             else row["prompt"] + "\n"})
 GRPOTrainer("runs/game24/export", reward_funcs=reward.game24, train_dataset=data, processing_class=tokenizer,
-            args=GRPOConfig(output_dir="runs/trl", SMALL)).train()
+            args=GRPOConfig(output_dir="runs/trl", **SMALL)).train()
 """
-# leave these out on a GPU
-SMALL = ("use_cpu=True, bf16=False, max_steps=2, per_device_train_batch_size=4, num_generations=4, "
-         "max_completion_length=16, logging_steps=1, report_to=[]")
 
 
 def test_both_languages_have_the_same_code():
@@ -57,7 +56,7 @@ def execute(folder, code, *launcher) -> str:
 
 
 def test_trl_trains_on_two_processes(project):
-    execute(project, TRL.replace("SMALL", SMALL), "-m", "torch.distributed.run", "--nproc_per_node", "2")
+    execute(project, TRL, "-m", "torch.distributed.run", "--nproc_per_node", "2")
     steps = load(project / "runs/trl/checkpoint-2/trainer_state.json")["log_history"]
     assert [step["step"] for step in steps if "reward" in step] == [1, 2] and steps[0]["rewards/game24/mean"] > 0
 
