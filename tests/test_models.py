@@ -30,9 +30,11 @@ def test_a_template_with_the_date_of_today_gives_the_same_prompt_every_day():
     assert sft.encode_prompt(tokenizer, "Make 24") == [WORDS["1"], 0, WORDS["2025"], 3, 4]
 
 
-def test_muon_is_that_of_torch_in_fp32(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)        # torch's would multiply in bf16
-    monkeypatch.setattr(sft, "BF16", 0)
+@pytest.mark.parametrize("bf16, tolerance", [(0, 1e-5), (1, 0.05)])
+def test_muon_is_that_of_torch(monkeypatch, bf16, tolerance):
+    monkeypatch.setattr(sft, "BF16", bf16)
+    if not bf16:
+        monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)        # torch's always multiplies in bf16
     ours, theirs = ([torch.nn.Parameter(torch.linspace(-1, 1, 24 * rows).view(rows, 24).sin())
                      for rows in (8, 8, 24, 40, 40)] for _ in range(2))
     optimizers = [sft.Muon(ours, {"lr": 0.01, "weight_decay": 0.1}),
@@ -45,7 +47,7 @@ def test_muon_is_that_of_torch_in_fp32(monkeypatch):
                 matrix.grad = torch.randn_like(matrix)
             optimizer.step()
     for before, a, b in zip(start, ours, theirs):
-        assert (a - b).norm() < 1e-5 * (a - before).norm()
+        assert (a - b).norm() < tolerance * (a - before).norm()
 
 
 @pytest.mark.parametrize("script", ["sft", "grpo"])

@@ -18,6 +18,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import reward
 
+# for a test on a CPU: leave it out on a GPU
 SMALL = dict(use_cpu=True, bf16=False, max_steps=2, per_device_train_batch_size=4, num_generations=4,
              max_completion_length=16, logging_steps=1, report_to=[])
 tokenizer = AutoTokenizer.from_pretrained("runs/game24/export")
