@@ -59,8 +59,9 @@ THREADS = torch.get_num_threads()
 # Instead of an evaluation
 Q = ""                       # four numbers, or keywords: prints a completion by each policy
 EXPORT = ""                  # folder: writes the last policy there as a plain model, with any adapter merged
-DISTIL = 0                   # completions per training prompt; the right ones become data for a new SFT ...
-DISTIL_KEEP = 4              # ... at most this many distinct ones per prompt, the shortest
+DISTIL = 0                   # completions per training prompt; the right ones become data for a new SFT, ...
+DISTIL_KEEP = 4              # ... at most this many distinct ones per prompt, the shortest, ...
+DISTIL_PROMPTS = 0           # ... for this many prompts, drawn at random; 0: all
 PLOTS_ONLY = 0               # 1: redraws the figures, even while a GRPO run is under way
 JUDGE = 0                    # 1: API_MODEL scores the verses of the finished evaluation, which costs money
 HUMAN = ""                   # the filled-in people.csv: prints how well judge and rules agree with people
@@ -267,6 +268,7 @@ def distil(path: str, data: Path, constants: dict) -> None:
     folder = open_run(Path(OUT, "distil/data"), constants,
                       {"weights": weights, "train.jsonl": sha256(data / "train.jsonl")})
     rows = list({row["prompt"]: row for row in reward.read_rows(TASK, data / "train.jsonl", "prompt")}.values())
+    rows = random.Random(SEED).sample(rows, DISTIL_PROMPTS or len(rows))
     completed = complete_rows(*load_policy(path), rows, range(1, DISTIL + 1))
     kept = {row["prompt"]: {} for row in rows}
     for row in sorted(completed, key=lambda row: row["tokens"]):

@@ -3,8 +3,9 @@
     python tests/ablations.py                                   # all variants, seeds 0 to 2: about 3 hours on one core
     python tests/ablations.py default answer --seeds=0,1        # only some; finished runs are not repeated
 
-Each run is `make grpo eval` in runs/ablations/VARIANT-SEED. Prints a table of all finished runs, on the test split, and
-writes it to runs/ablations/table.md, next to a figure of val accuracy against generated tokens.
+Each run is `make grpo eval` in runs/ablations/VARIANT-SEED, or `make distil eval` with as many completions as GRPO
+generates. Prints a table of all finished runs, on the test split, and writes it to runs/ablations/table.md, next to a
+figure of val accuracy against generated tokens.
 """
 
 import subprocess
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 
 RUNS = Path("runs/ablations")
 BASE = Path("runs/game24")          # every run uses its data and SFT policy
-COMPLETIONS = 256                   # per step
+COMPLETIONS = 256                   # per step of GRPO, of which there are 30
 VARIANTS = {
     "default": [],
     "group": ["BASELINE=group"],
@@ -30,13 +31,30 @@ VARIANTS = {
     "length-of-all": ["LENGTH_NEEDS_CORRECT=0"],
     "no-kl": ["BETA=0"],
     "entropy": ["ENTROPY_BONUS=0.01"],
-    "new-reference": ["REFERENCE_EVERY=10"]}
+    "new-reference": ["REFERENCE_EVERY=10"],
+    # SFT on right completions of the SFT policy, or in a second round of the first one's: from scratch, or further on
+    "distil": ["DISTIL_PROMPTS=7680"],
+    "distil-twice": ["DISTIL_PROMPTS=3840"],
+    "distil-on": ["DISTIL_PROMPTS=7680", "INIT_FROM={policy}", "SFT_LR=5e-4", "MUON_LR=5e-4", "SFT_STEPS=400"],
+    "distil-on-twice": ["DISTIL_PROMPTS=3840", "INIT_FROM={policy}", "SFT_LR=5e-4", "MUON_LR=5e-4", "SFT_STEPS=200"]}
 
 
 def run(variant: str, seed: str) -> None:
-    constants = [f"OUT={RUNS}/{variant}-{seed}", f"SEED={seed}", f"SFT={BASE}/sft", f"DATA={BASE}/data",
-                 f"POLICIES=grpo={RUNS}/{variant}-{seed}/grpo"]
-    subprocess.run(["make", "grpo", "eval", *constants, *VARIANTS[variant]], check=True)
+    folder, policy = f"{RUNS}/{variant}-{seed}", f"{BASE}/sft"
+    if variant.startswith("distil"):
+        for number in range(2 if variant.endswith("twice") else 1):
+            constants = [constant.format(policy=policy) for constant in VARIANTS[variant]]
+            make("distil", f"OUT={folder}{number * '/distil'}", f"SEED={seed}{number}", "DISTIL=1",
+                 f"POLICIES=teacher={policy}", *constants)
+            policy = f"{folder}{(number + 1) * '/distil'}/sft"
+    else:
+        make("grpo", f"OUT={folder}", f"SEED={seed}", f"SFT={policy}", *VARIANTS[variant])
+        policy = f"{folder}/grpo"
+    make("eval", f"OUT={folder}", f"SEED={seed}", f"POLICIES=grpo={policy}")
+
+
+def make(*words: str) -> None:
+    subprocess.run(["make", *words, f"DATA={BASE}/data"], check=True)
 
 
 def correct(folder: Path) -> numpy.ndarray:
@@ -71,13 +89,16 @@ def main() -> None:
         means = [load(folder / "eval/metrics.json")["grpo"] for folder in folders]
         accuracy, unfinished, tokens = (numpy.array([mean[name] for mean in means])
                                         for name in ("accuracy", "unfinished", "mean_tokens"))
-        runs = [load(folder / "grpo/summary.json") for folder in folders]
-        drop = numpy.mean([run["last_val_accuracy"] - run["best_val_accuracy"] for run in runs])
+        runs = [load(folder / "grpo/summary.json") for folder in folders if (folder / "grpo").is_dir()]
+        drops = [run["last_val_accuracy"] - run["best_val_accuracy"] for run in runs]
         defaults = [RUNS / folder.name.replace(variant, "default") for folder in folders]
         compared = variant != "default" and all((folder / "eval/summary.json").is_file() for folder in defaults)
         table.append(f"| {' '.join([variant, *VARIANTS[variant]])} | {len(folders)} | {accuracy.mean():.3f} "
                      f"({accuracy.min():.3f}–{accuracy.max():.3f}) | {unfinished.mean():.3f} | {tokens.mean():.0f} | "
-                     f"{drop:.3f} | {verdict(folders, defaults) if compared else ''} |")
+                     f"{f'{numpy.mean(drops):.3f}' if runs else ''} | "
+                     f"{verdict(folders, defaults) if compared else ''} |")
+        if not runs:
+            continue        # distilling has no val curve
         curves = []
         for folder in folders:
             log = read(folder / "grpo/log.jsonl")

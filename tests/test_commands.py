@@ -139,6 +139,9 @@ def test_distilling_keeps_short_right_answers(run, root):
     done(make("distil", **short))        # the first half is complete
     inputs = load(root / "distil/sft/run.json")["inputs"]
     assert inputs["train.jsonl"] == hashlib.sha256((root / "distil/data/train.jsonl").read_bytes()).hexdigest()
+    done(run("eval", **settings, policies=f"sft={root / 'sft'}", distil_prompts=3))
+    assert load(root / "distil/data/summary.json")["completions"] == 3 * 12
+    assert {row["prompt"] for row in read(root / "distil/data/train.jsonl")} <= prompts
 
 
 def test_make_skips_stages_whose_results_are_given_and_refuses_unknown_constants():
