@@ -33,10 +33,10 @@ VARIANTS = {
     "entropy": ["ENTROPY_BONUS=0.01"],
     "new-reference": ["REFERENCE_EVERY=10"],
     # SFT on right completions of the SFT policy, or in a second round of the first one's: from scratch, or further on
-    "distil": ["DISTIL_PROMPTS=7680"],
-    "distil-twice": ["DISTIL_PROMPTS=3840"],
-    "distil-on": ["DISTIL_PROMPTS=7680", "INIT_FROM={policy}", "SFT_LR=5e-4", "MUON_LR=5e-4", "SFT_STEPS=400"],
-    "distil-on-twice": ["DISTIL_PROMPTS=3840", "INIT_FROM={policy}", "SFT_LR=5e-4", "MUON_LR=5e-4", "SFT_STEPS=200"]}
+    "distil": ["DISTIL_PROMPTS=7680", "MAX_EPOCHS=4"],
+    "distil-twice": ["DISTIL_PROMPTS=3840", "MAX_EPOCHS=4"],
+    "distil-on": ["DISTIL_PROMPTS=7680", "INIT_FROM={policy}", "MAX_EPOCHS=1", "SFT_LR=5e-4", "MUON_LR=5e-4"],
+    "distil-on-twice": ["DISTIL_PROMPTS=3840", "INIT_FROM={policy}", "MAX_EPOCHS=1", "SFT_LR=5e-4", "MUON_LR=5e-4"]}
 
 
 def run(variant: str, seed: str) -> None:
