@@ -90,7 +90,7 @@ soak: .venv/dev     ## kill and damage training runs at random, compare their en
 bench: .venv/dev    ## speed and memory against transformers and TRL, with the policy of `make train`
 	.venv/bin/python tests/bench.py $(if $(SFT),--sft=$(SFT)) $(if $(DATA),--data=$(DATA))
 
-ablations: .venv    ## GRPO with other baselines, credit, rewards; three seeds each: a table, after `make train`
+ablations: .venv    ## GRPO with other constants, and distilling, three seeds each: a table, after `make train`
 	.venv/bin/python tests/ablations.py
 
 gpu-check: .venv/dev models/smollm2/config.json    ## what a GPU does: kernels, graphs, speed, memory; a table to report

@@ -1,6 +1,6 @@
 """What helps? GRPO with other constants, from one SFT policy: `make ablations`, after `make train`.
 
-    python tests/ablations.py                                   # all variants, seeds 0 to 2: about 3 hours on one core
+    python tests/ablations.py                                   # all variants, seeds 0 to 2: about 5 hours on one core
     python tests/ablations.py default answer --seeds=0,1        # only some; finished runs are not repeated
 
 Each run is `make grpo eval` in runs/ablations/VARIANT-SEED, or `make distil eval` with as many completions as GRPO
