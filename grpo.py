@@ -392,10 +392,9 @@ def main() -> None:
             log["rollout_seconds"] = time.time() - clock
 
             # 2 rewards
-            repeated = reward.repeated_lines(batch, [each["text"] for each in completions]) if LYRICS else ()
+            shared = reward.shared_in_step(batch, [each["text"] for each in completions]) if LYRICS else {}
             for each in completions:
-                row = {**each["row"], "repeated_lines": repeated}
-                each["scores"] = reward.score(TASK, each["text"], row, each["truncated"])
+                each["scores"] = reward.score(TASK, each["text"], each["row"] | shared, each["truncated"])
             rewards = torch.tensor([each["scores"]["reward"] for each in completions]).double().view(-1, GROUP_SIZE)
             if rewards.isnan().any():
                 sys.exit(f"a reward of TASK={TASK} is not a number: fix reward.py, then run this again")

@@ -247,15 +247,17 @@ def parallel_share(lines: list[str]) -> float:
     return sum(size in (before, after) for before, size, after in zip(sizes, sizes[1:], sizes[2:])) / max(1, len(lines))
 
 
-def rhyme_share(lines: list[str]) -> float:
-    """Share of the lines whose last character rhymes with a different one that ends a line at most two away."""
-    ends, rhyming = [line[-1] for line in lines], set()
+def rhyme_share(lines: list[str], common: dict[str, float] | None = None) -> float:
+    """Share of the lines whose last character rhymes with a different one that ends a line at most two away.
+
+    With the shares of the rhyme classes in `common`, a line counts the less, the more common its class is.
+    """
+    rhymes, rhyming = [table["finals"].get(line[-1]) for line in lines], set()
     for distance in (1, 2):
-        for i, (a, b) in enumerate(zip(ends, ends[distance:])):
-            rhyme = table["finals"].get(a)
-            if a != b and rhyme and rhyme == table["finals"].get(b):
-                rhyming |= {i, i + distance}
-    return len(rhyming) / max(1, len(lines))
+        for i, j in enumerate(range(distance, len(lines))):
+            if rhymes[i] and rhymes[i] == rhymes[j] and lines[i][-1] != lines[j][-1]:
+                rhyming |= {i, j}
+    return sum(1 - (common or {}).get(rhymes[i], 0.0) for i in rhyming) / max(1, len(lines))
 
 
 def fluency(lines: list[str]) -> float:
@@ -278,15 +280,19 @@ def without(words: list[str], line: str) -> str:
     return re.sub("|".join(map(re.escape, words)), "", line)
 
 
-def repeated_lines(rows: list[dict], completions: list[str]) -> set[str]:
-    """Lines, stripped of their keywords, that occur in completions for several prompts: the template of a lazy policy.
+def shared_in_step(rows: list[dict], completions: list[str]) -> dict:
+    """What completions for different prompts have in common, by which a lazy policy would earn its reward.
 
-    `score` counts the lines in row["repeated_lines"] as copied.
+    repeated_lines: lines, stripped of their keywords, in completions for several prompts. rhyme_shares: for each rhyme
+    class, the share of all lines that end in it. In a row, they make `score` count such lines as copied, and rhymes the
+    less, the more common their class is.
     """
-    found = {(without(row["keywords"], line), row["prompt"]) for row, completion in zip(rows, completions)
-             for line in map(han, split_verse(completion)[2])}
+    verses = [list(filter(None, map(han, split_verse(completion)[2]))) for completion in completions]
+    found = {(without(row["keywords"], line), row["prompt"]) for row, lines in zip(rows, verses) for line in lines}
     prompts = Counter(line for line, _ in found)
-    return {line for line, count in prompts.items() if len(line) >= MIN_OTHER_HAN and count > 1}
+    ends = Counter(table["finals"].get(line[-1]) for line in chain.from_iterable(verses))
+    return {"repeated_lines": {line for line, n in prompts.items() if len(line) >= MIN_OTHER_HAN and n > 1},
+            "rhyme_shares": {rhyme: n / ends.total() for rhyme, n in ends.items()}}
 
 
 def between(value: float, zero: float, one: float) -> float:
@@ -322,11 +328,11 @@ def score_lyrics(completion: str, row: dict, truncated: bool) -> dict[str, float
     shortest, longest = table["thought_chars"]
     plan = length_reward(max(shortest - planned, planned - longest, 0), threshold=0) if thought else 0.0
     size = window("line_count", count) * window("line_chars", characters / max(1, count))
-    rhyming, chance = rhyme_share(texts), table["rhyme_chance"]
+    rhyme, chance = rhyme_share(texts, row.get("rhyme_shares")), table["rhyme_chance"]
     parts = {"format": form,
              "window": (size + plan) / 2,
              "coverage": keyword_coverage(texts, row["keywords"]),
-             "rhyme": between(rhyming, chance, max(RHYME_GOAL, chance + 0.1)),
+             "rhyme": between(rhyme, chance, max(RHYME_GOAL, chance + 0.1)),
              "parallel": parallel_share(texts)}
     letters = sum(map(str.isalnum, "".join(lines)))
     different_lines = between(len(distinct) / max(1, count), 0.3, 0.6)
@@ -348,7 +354,7 @@ def score_lyrics(completion: str, row: dict, truncated: bool) -> dict[str, float
     answered = form == 1 and not truncated
     correct = answered and parts["coverage"] == 1 and min(gates.values()) >= 0.5
     return {"reward": reward, **parts, **gates, "correct": float(correct), "answered": float(answered),
-            "lines": float(count), "rhyming": rhyming, "copied": copied}
+            "lines": float(count), "rhyming": rhyme_share(texts), "copied": copied}
 
 
 # for each task: what rejects an unusable row (here the function that makes its prompt), and what scores a completion

@@ -109,12 +109,25 @@ def test_rare_characters_are_not_fluent(corpus):
     assert scores["fluency"] < 0.5 and scores["reward"] < 0.5 and scores["coverage"] == 1
 
 
-def test_a_line_for_several_prompts_is_a_template():
+def test_a_line_for_several_prompts_is_a_template(corpus):
     rows = [{"prompt": word, "keywords": [word]} for word in ("月光", "故乡", "远方", "远方")]
     texts = [f"<think>想</think>《题》/我在{row['keywords'][0]}等你归来/{row['keywords'][0]}自己的一行" for row in rows]
     texts[1] = texts[1].replace("自己的一行", "另外写的句子")
-    assert reward.repeated_lines(rows, texts) == {"我在等你归来", "自己的一行"}
-    assert reward.repeated_lines(rows[2:], texts[2:]) == set(), "two completions for one prompt are no template"
+    assert reward.shared_in_step(rows, texts)["repeated_lines"] == {"我在等你归来", "自己的一行"}
+    alone = reward.shared_in_step(rows[2:], texts[2:])["repeated_lines"]
+    assert alone == set(), "two completions for one prompt are no template"
+
+
+def test_a_rhyme_that_all_completions_use_earns_nothing(corpus):
+    rows = [{"prompt": word, "keywords": [word]} for word in ("月光", "故乡")]
+    same = ["《题》/他们走过长江/我们来到故乡", "《题》/你的城市里有月光/看见远处的山冈"]
+    other = ["《题》/他们走过长江/我们来到故乡", "《题》/雨水打湿了青石/风里飘来旧的曲子"]
+    shares, mixed = (reward.shared_in_step(rows, texts)["rhyme_shares"] for texts in (same, other))
+    assert shares == {"江阳": 1} and mixed["江阳"] == 1 / 2
+    lines = ["他们走过长江", "我们来到故乡"]
+    assert [reward.rhyme_share(lines, known) for known in (None, mixed, shares)] == [1, 1 / 2, 0]
+    found = score(same[0], {"keywords": ["故乡"], "rhyme_shares": shares})
+    assert found["rhyme"] == 0 and found["rhyming"] == 1
 
 
 def test_distinct_2_counts_pairs_of_the_verse_alone():
