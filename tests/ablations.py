@@ -93,9 +93,9 @@ def main() -> None:
         drops = [run["last_val_accuracy"] - run["best_val_accuracy"] for run in runs]
         defaults = [RUNS / folder.name.replace(variant, "default") for folder in folders]
         compared = variant != "default" and all((folder / "eval/summary.json").is_file() for folder in defaults)
-        table.append(f"| {' '.join([variant, *VARIANTS[variant]])} | {len(folders)} | {accuracy.mean():.3f} "
-                     f"({accuracy.min():.3f}–{accuracy.max():.3f}) | {unfinished.mean():.3f} | {tokens.mean():.0f} | "
-                     f"{f'{numpy.mean(drops):.3f}' if runs else ''} | "
+        name = " ".join([variant, *VARIANTS[variant]]).format(policy="SFT")
+        table.append(f"| {name} | {len(folders)} | {accuracy.mean():.3f} ({accuracy.min():.3f}–{accuracy.max():.3f}) | "
+                     f"{unfinished.mean():.3f} | {tokens.mean():.0f} | {f'{numpy.mean(drops):.3f}' if runs else ''} | "
                      f"{verdict(folders, defaults) if compared else ''} |")
         if not runs:
             continue        # distilling has no val curve
