@@ -33,9 +33,9 @@ data: .venv         ## train, val and test as jsonl
 
 sft: .venv          ## supervised fine-tuning; of lyrics on texts, then with keywords, then with thoughts
 ifeq ($(TASK),lyrics)
-	$(RUN) sft.py $(ARGS) OUT=$(OUT)/raw DATA=$(STAGE_DATA)/raw VOCABULARY=$(STAGE_DATA)/train.jsonl
-	$(RUN) sft.py $(ARGS) OUT=$(OUT)/keywords DATA=$(STAGE_DATA)/keywords INIT_FROM=$(OUT)/raw/sft
-	$(RUN) sft.py $(ARGS) INIT_FROM=$(OUT)/keywords/sft
+	$(RUN) sft.py $(ARGS) OUT="$(OUT)/raw" DATA="$(STAGE_DATA)/raw" VOCABULARY="$(STAGE_DATA)/train.jsonl"
+	$(RUN) sft.py $(ARGS) OUT="$(OUT)/keywords" DATA="$(STAGE_DATA)/keywords" INIT_FROM="$(OUT)/raw/sft"
+	$(RUN) sft.py $(ARGS) INIT_FROM="$(OUT)/keywords/sft"
 else
 	$(RUN) sft.py $(ARGS)
 endif
@@ -57,10 +57,10 @@ judge: .venv        ## lyrics: an API judges the verses; HUMAN=people.csv compar
 
 distil: .venv       ## the GRPO policy's right answers to training prompts become the data of a new SFT, in OUT/distil
 	$(RUN) eval.py DISTIL=1 $(ARGS)
-	$(RUN) sft.py $(ARGS) OUT=$(OUT)/distil DATA=$(OUT)/distil/data
+	$(RUN) sft.py $(ARGS) OUT="$(OUT)/distil" DATA="$(OUT)/distil/data"
 
 export: .venv       ## the GRPO policy as a plain folder of transformers in OUT/export, the adapter merged
-	$(RUN) eval.py EXPORT=$(OUT)/export $(ARGS)
+	$(RUN) eval.py EXPORT="$(OUT)/export" $(ARGS)
 
 .venv: requirements.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: set PYTHON="'

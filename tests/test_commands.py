@@ -30,7 +30,7 @@ def make(*words, **constants) -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The folder of a small `make train`."""
-    root = tmp_path_factory.mktemp("make") / "run"
+    root = tmp_path_factory.mktemp("make") / "a run"
     output = done(make("train", out=root, **TRAIN))
     (root / "output.txt").write_text(output, encoding="utf-8")
     return root
